@@ -1,0 +1,121 @@
+"""What travels between a client and the engine process: msgpack of these dataclasses, never pickle.
+
+One frame = one message, tagged by its class. The client makes request ids unique per engine. Every submitted request
+ends with exactly one `Update` whose `finish_reason` is set, whatever happens, unless the engine dies (the client then
+raises EngineDead for each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from septet.request import FinishReason, Request
+from septet.step import Logprobs
+
+__all__ = ["Abort", "EngineInfo", "EngineStats", "Fatal", "Shutdown", "StatsReply", "StatsRequest", "Submit", "Update"]
+
+
+# -- client to engine -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Submit:
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End these requests now, wherever they are; unknown or finished ids are ignored."""
+
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatsRequest:
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Abort everything, answer every request, exit with code 0."""
+
+
+# -- engine to client -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """First message of an engine that is ready. `choices` are (setting, value, reason) lines for the user."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_kv_slots: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    device: str
+    dtype: str
+    kernels: str
+    pid: int
+    load_s: float
+    choices: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """New output of one request. `finish_reason` set = the last one. `stop_token`: the id that ended it, if one did."""
+
+    request: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()  # one per token, when asked for
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # positions 1 .. of the prompt, in order, possibly in parts
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # an eos or stop id; it is included in `tokens`
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache (on the first update)
+    error: str | None = None  # with finish_reason ERROR
+    error_kind: str = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since start and gauges of now. Durations in seconds."""
+
+    running: int = 0
+    waiting: int = 0
+    slots_total: int = 0  # KV slots, the padding slot not counted
+    slots_free: int = 0
+    slots_cached: int = 0  # held by the prefix tree alone: evictable
+    slots_leased: int = 0  # held for running requests (shared prefixes counted once)
+    slots_used: int = 0  # leased slots whose KV is computed (or being computed in the step in flight)
+    kv_waste: float = 0.0  # (leased - used) / leased, time-averaged over steps
+    kv_waste_max: float = 0.0  # worst step
+    steps: int = 0
+    prompt_tokens: int = 0  # of admitted requests, cached ones included
+    cached_tokens: int = 0  # of those, served by the prefix cache
+    computed_tokens: int = 0  # tokens that went through the model
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    last_step_rows: int = 0
+    last_step_tokens: int = 0
+    last_step_prefill_tokens: int = 0
+    mixed_steps: int = 0  # steps with prefill and decode rows together
+    step_s: float = 0.0  # total wall time in steps
+    host_s: float = 0.0  # of that, scheduling and commit on the host
+    progress_at: float = 0.0  # monotonic time of the last finished step
+
+    @property
+    def hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReply:
+    ticket: int
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The engine can't go on (or could not start); it exits non-zero after this."""
+
+    error: str
+    error_kind: str = "internal_error"

@@ -1,0 +1,1 @@
+"""GGUF block types in torch: sizes and exact dequantisation. (Being written.)"""

@@ -1,0 +1,162 @@
+"""The torch reference of every op: the oracle of the contract tests and the path of machines without fast kernels.
+
+Written to be read beside `ops.py`; correct before fast, but whole-tensor throughout, so that small models are usable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from septet.kernels import ggml
+from septet.kernels.ops import LayerKV, Layout, Ops
+
+__all__ = ["ReferenceOps"]
+
+_M32 = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int64 tensors that hold values in 0 .. 2**32 - 1."""
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _M32
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _M32
+    return h ^ (h >> 16)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """(S,), (S,) int64 -> (S, V) float32 of standard Gumbel noise, as `Ops.gumbel_argmax` defines it."""
+    low, high = seeds & _M32, (seeds >> 32) & _M32
+    key = _mix(low ^ _mix((high + positions * 0x9E3779B9) & _M32))
+    token = torch.arange(vocab, device=seeds.device, dtype=torch.int64) * 0x85EBCA6B
+    h = _mix((key[:, None] + token) & _M32)
+    u = ((h >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(u))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, heads, E), cos and sin (T, 1, E/2) float32 -> rotated in halves, in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class ReferenceOps(Ops):
+    name = "reference"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def block_linear(self, x: Tensor, blocks: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, ggml.dequantize(blocks, kind, x.dtype), bias)
+
+    def embed(self, ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+        x = F.embedding(ids, table)
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype).item()
+
+    def block_embed(self, ids: Tensor, blocks: Tensor, kind: str, dtype: object, scale: float = 1.0) -> Tensor:
+        x = ggml.dequantize(blocks[ids], kind, dtype)  # type: ignore[arg-type]
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype).item()
+
+    def dequantize(self, blocks: Tensor, kind: str, dtype: object) -> Tensor:
+        return ggml.dequantize(blocks, kind, dtype)  # type: ignore[arg-type]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        f = x.float()
+        f = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + eps)
+        return (f * weight.float()).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def gated_act(self, gate_up: Tensor, kind: str) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        if kind == "silu":
+            return F.silu(gate) * up
+        if kind == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        raise ValueError(f"kind must be silu or gelu_tanh, not {kind!r}")
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
+
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[index]
+
+    def qkv_write(
+        self,
+        qkv: Tensor,
+        kv: LayerKV,
+        layout: Layout,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        n_kv, dim = kv.k.shape[1:]
+        heads = qkv.view(qkv.shape[0], -1, dim)
+        q, k, v = heads.split([heads.shape[1] - 2 * n_kv, n_kv, n_kv], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)
+        cos, sin = cos_sin[layout.positions].unsqueeze(1).chunk(2, dim=-1)
+        kv.k[layout.slots] = _rotate(k, cos, sin).to(kv.k.dtype)
+        kv.v[layout.slots] = v.to(kv.v.dtype)
+        return _rotate(q, cos, sin)
+
+    def attention(
+        self, q: Tensor, kv: LayerKV, layout: Layout, scale: float, window: int | None = None, soft_cap: float = 0.0
+    ) -> Tensor:
+        if layout.max_q == 1:
+            return self._decode(q, kv, layout, scale, window, soft_cap)
+        starts, lengths = layout.q_start.tolist(), layout.kv_len.tolist()
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        for r, row in enumerate(layout.rows.tolist()):
+            lo, hi, length = starts[r], starts[r + 1], lengths[r]
+            slots = layout.slot_of[row, :length].long()
+            at = torch.arange(length, device=q.device)
+            seen = _visible(layout.positions[lo:hi, None], at, window)
+            out[lo:hi] = _attend(q[lo:hi].unsqueeze(0), kv.k[slots][None], kv.v[slots][None], seen, scale, soft_cap)
+        return out
+
+    def _decode(
+        self, q: Tensor, kv: LayerKV, layout: Layout, scale: float, window: int | None, soft_cap: float
+    ) -> Tensor:
+        """One token a row: rows padded to the longest context, which makes each row its own batch entry."""
+        slots = layout.slot_of[layout.rows, : layout.max_kv].long()  # (R, max_kv); beyond kv_len: stale, masked
+        at = torch.arange(layout.max_kv, device=q.device)
+        seen = _visible(layout.positions[:, None], at, window)[:, None, None, :]
+        slots = torch.where(at[None] < layout.kv_len[:, None], slots, 0)
+        v = torch.where((at[None] < layout.kv_len[:, None])[..., None, None], kv.v[slots], 0)
+        return _attend(q.unsqueeze(1), kv.k[slots], v, seen, scale, soft_cap)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        bad = torch.isnan(logits).any(-1)
+        return torch.where(bad, -1, logits.argmax(-1))
+
+    def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        hot = (temperature > 0)[:, None]
+        scaled = logits / torch.where(hot, temperature[:, None], 1.0)
+        noisy = torch.where(hot, scaled + gumbel_noise(seeds, positions, logits.shape[1]), scaled)
+        return self.argmax(noisy)
+
+
+def _visible(positions: Tensor, at: Tensor, window: int | None) -> Tensor:
+    """positions (..., 1), at (L,) -> (..., L) bool: which context positions a query position may see."""
+    seen = at <= positions
+    return seen if window is None else seen & (at > positions - window)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float) -> Tensor:
+    """q (B, Q, H, E), k and v (B, L, G, E), seen broadcastable to (B, H, Q, L) -> (B * Q, H * E)."""
+    batch, n_q, heads, dim = q.shape
+    q, k, v = q.transpose(1, 2), k.to(q.dtype).transpose(1, 2), v.to(q.dtype).transpose(1, 2)
+    if soft_cap == 0.0:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=heads != k.shape[1])
+    else:
+        groups = heads // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        score = soft_cap * torch.tanh((q.float() @ k.float().transpose(-1, -2)) * scale / soft_cap)
+        out = score.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype) @ v
+    return out.transpose(1, 2).reshape(batch * n_q, heads * dim)
