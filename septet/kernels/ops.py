@@ -99,6 +99,10 @@ class Ops:
         """x (T, D), index (S,) int64 -> (S, D)."""
         raise NotImplementedError
 
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """parts (T, D_i) -> (T, sum of D_i): side by side in the last dimension."""
+        raise NotImplementedError
+
     # -- attention ----------------------------------------------------------------------------------------------------
     def qkv_write(
         self,

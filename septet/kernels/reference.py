@@ -85,6 +85,9 @@ class ReferenceOps(Ops):
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
         return x[index]
 
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=-1)
+
     def qkv_write(
         self,
         qkv: Tensor,

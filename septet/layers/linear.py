@@ -1,0 +1,72 @@
+"""Linear layers over packed weights: one matrix, or several stacked by output features.
+
+Built by the layers and models of this house; the weight's scheme multiplies, so nothing here names a format. Weights
+are pulled from `Build.source` by canonical name in the constructor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from septet.layers.build import Build
+    from septet.quant.scheme import PackedWeight
+
+__all__ = ["Linear", "MergedLinear"]
+
+
+class Linear:
+    """y = x W^T + b. Pulls `{name}.weight` (n_out, n_in) and, with `bias`, `{name}.bias` (n_out,)."""
+
+    def __init__(self, build: Build, name: str, n_in: int, n_out: int, *, bias: bool = False) -> None:
+        self.ops = build.ops
+        self.weight = build.source.matrix(f"{name}.weight", (n_out, n_in))
+        self.bias = build.source.vector(f"{name}.bias", (n_out,)) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, n_in) -> (T, n_out)."""
+        return self.weight.linear(self.ops, x, self.bias)
+
+
+class MergedLinear:
+    """Several matrices over the same input, their outputs side by side: [q | k | v], [gate | up].
+
+    Neighbours of one format become one weight and one multiplication; where formats differ (GGUF's K mixes give v more
+    bits than q and k) each run of equal formats multiplies by itself and the outputs are joined.
+    """
+
+    def __init__(
+        self, build: Build, names: Sequence[str], n_in: int, n_outs: Sequence[int], *, bias: bool = False
+    ) -> None:
+        self.ops = build.ops
+        parts = zip(names, n_outs, strict=True)
+        self.weights = _stack([build.source.matrix(f"{name}.weight", (n_out, n_in)) for name, n_out in parts])
+        self.bias = None
+        if bias:
+            parts = zip(names, n_outs, strict=True)
+            self.bias = build.ops.join([build.source.vector(f"{name}.bias", (n_out,)) for name, n_out in parts])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, n_in) -> (T, sum of n_outs)."""
+        if len(self.weights) == 1:
+            return self.weights[0].linear(self.ops, x, self.bias)
+        outs, at = [], 0
+        for weight in self.weights:
+            n_out = weight.shape[0]
+            bias = None if self.bias is None else self.bias[at : at + n_out]
+            outs.append(weight.linear(self.ops, x, bias))
+            at += n_out
+        return self.ops.join(outs)
+
+
+def _stack(weights: list[PackedWeight]) -> list[PackedWeight]:
+    """The fewest weights that hold `weights` in order: the longest prefix that one format can hold, then the rest."""
+    for n in range(len(weights), 1, -1):
+        merged = weights[0].scheme.concat(weights[:n])
+        if merged is not None:
+            return [merged, *_stack(weights[n:])]
+    return weights[:1] + _stack(weights[1:]) if weights else []
