@@ -8,13 +8,16 @@ Must not know what a layer, a file or a scheme is. Sizes of blocks live in `sept
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from septet.errors import UnsupportedModel
 from septet.geometry import BLOCKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["KINDS", "dequantize"]
 

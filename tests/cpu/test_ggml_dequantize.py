@@ -31,7 +31,7 @@ PLAIN = {"F32": np.float32, "F16": np.float16}
 def random_rows(kind: str, n: int, n_blocks: int, seed: int = 0) -> np.ndarray:
     """(n, n_blocks * size) uint8: any codes, scales that are finite numbers."""
     rng = np.random.default_rng(seed)
-    elements, size = BLOCKS[kind]
+    _, size = BLOCKS[kind]
     if kind in PLAIN:
         return rng.standard_normal((n, n_blocks)).astype(PLAIN[kind]).view(np.uint8)
     if kind == "BF16":
