@@ -1,0 +1,170 @@
+"""From settings to a running executor: the one place that knows models, weights, kernels and sizes at once.
+
+Called by the engine process (`engine/__main__.py`) and by tests. Resolves each "auto" with a reason that is printed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from septet.engine.local import LocalExecutor
+from septet.engine.messages import EngineInfo
+from septet.engine.pool import allocate_pool
+from septet.engine.rows import Rows
+from septet.engine.runner import Runner
+from septet.engine.sizing import Choice, Sizes, resolve_sizes
+from septet.engine.staging import Staging
+from septet.errors import InvalidRequest, OutOfMemory
+from septet.geometry import kv_bytes_per_token, weight_bytes
+from septet.hub.model_config import read_model_config
+from septet.layers.build import Build
+from septet.machine import available_memory
+from septet.models.registry import load_model
+from septet.weights.load import open_source
+
+if TYPE_CHECKING:
+    from septet.config import EngineConfig, ModelConfig
+    from septet.kernels.ops import Ops
+    from septet.weights.source import Source
+
+__all__ = ["build_executor"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
+    """Load the model and allocate everything; after this nothing large is allocated again.
+
+    Raises SeptetError subclasses: ModelFileError, UnsupportedModel, OutOfMemory, InvalidRequest (a bad setting).
+    """
+    began = time.perf_counter()
+    model_config = read_model_config(Path(config.model))
+    device, why_device = _device(config)
+    dtype, why_dtype = _dtype(config, model_config, device)
+    ops, why_ops = _ops(config, device)
+    overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
+    captured = device.type == "cuda" and not config.enforce_eager and ops.name != "reference"
+    sizes = _sizes(config, model_config, device, dtype)
+    with torch.inference_mode():
+        source = _source(config, model_config, ops, device, DTYPES[dtype])
+        build = Build(model_config, ops, source, device, DTYPES[dtype], max_len=sizes.max_model_len + 1)
+        model = load_model(build)
+        kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[dtype], device)
+        rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
+    runner = Runner(model, ops, kv, rows, Staging(device))
+    if captured:
+        _capture(runner, sizes)
+    choices: tuple[Choice, ...] = (
+        ("device", str(device), why_device),
+        ("dtype", dtype, why_dtype),
+        ("kernels", ops.name, why_ops),
+        (
+            "overlap",
+            "on" if overlap else "off",
+            "as asked" if config.overlap != "auto" else f"default for {device.type}",
+        ),
+        ("captured_steps", "on" if captured else "off", "decode steps are CUDA graphs" if captured else "eager steps"),
+        *sizes.choices,
+    )
+    info = EngineInfo(
+        model=config.model,
+        vocab_size=model_config.vocab_size,
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        num_kv_slots=sizes.num_kv_slots,
+        kv_bytes_per_token=kv_bytes_per_token(model_config, dtype),
+        weight_bytes=weight_bytes(model_config, dtype),
+        device=str(device),
+        dtype=dtype,
+        kernels=ops.name,
+        pid=0,
+        load_s=time.perf_counter() - began,
+        choices=choices,
+    )
+    return LocalExecutor(runner, depth=2 if overlap else 1), info
+
+
+def with_pid(info: EngineInfo, pid: int) -> EngineInfo:
+    """The info of the process that holds the executor."""
+    return replace(info, pid=pid)
+
+
+def _device(config: EngineConfig) -> tuple[torch.device, str]:
+    if config.device == "cpu":
+        return torch.device("cpu"), "as asked"
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise InvalidRequest(
+            "device cuda was asked for, but PyTorch sees no GPU here; use --device cpu", param="device"
+        )
+    if config.device not in ("auto", "cuda"):
+        raise InvalidRequest(f"device must be auto, cpu or cuda, not {config.device!r}", param="device")
+    if config.device == "cuda":
+        return torch.device("cuda"), "as asked"
+    return (torch.device("cuda"), "a GPU is there") if there else (torch.device("cpu"), "no GPU is there")
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> tuple[str, str]:
+    if config.dtype != "auto":
+        if config.dtype not in DTYPES:
+            raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}", param="dtype")
+        return config.dtype, "as asked"
+    if device.type == "cpu":
+        return "float32", "the reference kernels on a CPU are fastest and most exact in float32"
+    if model.dtype == "float32":
+        return "bfloat16", "float32 checkpoints are served in bfloat16 on a GPU; ask for float32 to keep it"
+    return model.dtype, "the checkpoint's own"
+
+
+def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
+    """The table of kernels: the fastest that the device has, unless another is asked for."""
+    wanted = config.kernels
+    if wanted == "auto":
+        wanted = "triton" if device.type == "cuda" else "reference"
+    why = "as asked" if config.kernels != "auto" else f"default for {device.type}"
+    if wanted == "triton":
+        from septet.kernels.triton import TritonOps
+
+        return TritonOps(), why
+    if wanted == "reference":
+        from septet.kernels.reference import ReferenceOps
+
+        return ReferenceOps(), why
+    raise InvalidRequest(f"kernels must be auto, reference or triton, not {config.kernels!r}", param="kernels")
+
+
+def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: str) -> Sizes:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = available_memory()
+    weights = weight_bytes(model, dtype)
+    if weights > free:
+        raise OutOfMemory(
+            f"the weights need {weights >> 20} MiB in {dtype}, but {free >> 20} MiB are free on {device.type}: "
+            "close other programs, choose a smaller dtype, or a smaller model"
+        )
+    return resolve_sizes(config, model, device=device.type, dtype=dtype, weights=weights, free=free)
+
+
+def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Source:
+    if config.load_format == "dummy":
+        from septet.weights.dummy import DummySource
+
+        return DummySource(model, device, dtype, config.seed)
+    if config.load_format != "auto":
+        raise InvalidRequest(f"load_format must be auto or dummy, not {config.load_format!r}", param="load_format")
+    return open_source(Path(config.model), model, ops, device, dtype)
+
+
+def _capture(runner: Runner, sizes: Sizes) -> None:
+    from septet.engine.graphs import DecodeGraphs, bucket_sizes
+
+    runner.graphs = DecodeGraphs(runner, bucket_sizes(sizes.max_num_seqs), sizes.max_model_len)
+    runner.graphs.capture_all()

@@ -1,0 +1,42 @@
+"""Compact rows to the layout of a step, on the device, without a word back to the host.
+
+Called by the runner (eager) and inside captured steps; see `kernels.ops.Layout` for what the fields mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from septet.kernels.ops import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from septet.engine.rows import Rows
+
+__all__ = ["lay_out", "lay_out_decode"]
+
+
+def lay_out(
+    rows: Rows, row: Tensor, start: Tensor, n: Tensor, slots: Tensor, max_q: int, max_kv: int
+) -> tuple[Tensor, Layout]:
+    """row, start, n (R,) int64, slots (T,) int64 -> token ids (T,) int64 and the layout. Extends `rows.slot_of`."""
+    n_tokens = slots.shape[0]
+    q_start = torch.nn.functional.pad(n.cumsum(0), (1, 0))
+    of = torch.repeat_interleave(n, output_size=n_tokens)  # (T,) which of the R rows
+    positions = start[of] + torch.arange(n_tokens, device=n.device) - q_start[of]
+    token_row = row[of]
+    rows.slot_of[token_row, positions] = slots.int()
+    ids = rows.tokens[token_row, positions].long()
+    layout = Layout(positions, slots, row, q_start.int(), (start + n).int(), rows.slot_of, max_q, max_kv)
+    return ids, layout
+
+
+def lay_out_decode(rows: Rows, row: Tensor, start: Tensor, slots: Tensor, max_kv: int) -> tuple[Tensor, Layout]:
+    """One token a row: row, start, slots (R,) int64. Fixed shapes and no data-dependent step, so it can be captured."""
+    rows.slot_of[row, start] = slots.int()
+    ids = rows.tokens[row, start].long()
+    q_start = torch.arange(row.shape[0] + 1, device=row.device, dtype=torch.int32)
+    return ids, Layout(start, slots, row, q_start, (start + 1).int(), rows.slot_of, 1, max_kv)

@@ -1,0 +1,25 @@
+"""The executor that runs plans on a device of this process. Called by the engine loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from septet.engine.runner import Runner, StepOnDevice
+    from septet.step import StepPlan
+
+__all__ = ["LocalExecutor"]
+
+
+class LocalExecutor:
+    """`executor.Executor` over one `Runner`. `depth` 2 overlaps scheduling with an asynchronous device."""
+
+    def __init__(self, runner: Runner, depth: int) -> None:
+        self.runner = runner
+        self.depth = depth
+
+    def launch(self, plan: StepPlan) -> StepOnDevice:
+        return self.runner.run(plan)
+
+    def close(self) -> None:
+        self.runner.graphs = None

@@ -1,0 +1,103 @@
+"""What the device remembers of each running request between steps: its tokens, where their KV lies, how to sample.
+
+Owned by the runner; follows `septet/step.py`. Line r of every tensor belongs to row r; the last line is scratch for the
+padded rows of captured steps. Column p of `tokens` and `slot_of` is position p; one column more than the longest
+request, so that the token sampled at the very end has a place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from septet.engine.staging import floats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from septet.engine.staging import Staging
+    from septet.request import SamplingParams
+    from septet.step import Join
+
+__all__ = ["RowInfo", "Rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowInfo:
+    """The host's side of a row: what the sampler must know beyond the plain values."""
+
+    params: SamplingParams
+    n_prompt: int
+    end_ids: tuple[int, ...]  # eos and stop ids, forbidden before min_tokens
+
+    @property
+    def filters(self) -> bool:
+        """Needs top-k, top-p or min-p."""
+        p = self.params
+        return p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+
+    @property
+    def penalises(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Temperature and seed are all it needs: the captured sampler serves it."""
+        p = self.params
+        return not (self.filters or self.penalises or p.logit_bias or p.min_tokens or p.logprobs is not None)
+
+
+class Rows:
+    def __init__(self, max_rows: int, max_len: int, device: torch.device) -> None:
+        shape = (max_rows + 1, max_len + 1)
+        self.scratch = max_rows  # the padding row
+        self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.slot_of = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.temperature = torch.zeros(max_rows + 1, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(max_rows + 1, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(max_rows + 1, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
+        self.info: list[RowInfo | None] = [None] * max_rows
+
+    def join(self, joins: Sequence[Join], staging: Staging) -> None:
+        """Replace all state of the joining rows, with one copy to the device."""
+        if not joins:
+            return
+        for join in joins:
+            end_ids = tuple(dict.fromkeys((*join.eos_token_ids, *join.params.stop_token_ids)))
+            self.info[join.row] = RowInfo(join.params, join.n_prompt, end_ids)
+        params = [join.params for join in joins]
+        token_rows, token_at, tokens = _flat([(j.row, j.tokens) for j in joins])
+        slot_rows, slot_at, slots = _flat([(j.row, j.slots) for j in joins])
+        sent = staging.send(
+            [
+                np.array([j.row for j in joins], dtype=np.int64),
+                floats([p.temperature for p in params]),
+                floats([p.top_p for p in params]),
+                floats([p.min_p for p in params]),
+                np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
+                np.array([p.seed or 0 for p in params], dtype=np.int64),
+                *(token_rows, token_at, tokens, slot_rows, slot_at, slots),
+            ]
+        )
+        rows, temperature, top_p, min_p, top_k, seed, *flat = sent
+        self.temperature[rows] = temperature.view(torch.float64).float()
+        self.top_p[rows] = top_p.view(torch.float64).float()
+        self.min_p[rows] = min_p.view(torch.float64).float()
+        self.top_k[rows], self.seed[rows] = top_k, seed
+        self.tokens[flat[0], flat[1]] = flat[2].int()
+        self.slot_of[flat[3], flat[4]] = flat[5].int()
+
+
+def _flat(parts: list[tuple[int, tuple[int, ...]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[(row, values)] -> (row, position, value) of every value, each int64."""
+    lengths = [len(values) for _, values in parts]
+    rows = np.repeat(np.array([row for row, _ in parts], dtype=np.int64), lengths)
+    at = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+    values = np.concatenate([np.array(v, dtype=np.int64) for _, v in parts])
+    return rows, at, values

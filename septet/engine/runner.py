@@ -1,0 +1,235 @@
+"""Runs a `StepPlan` on one device: state of the rows, layout, forward, sampling. Called by `LocalExecutor`.
+
+Every sampled token is written back to the row's state on the device before the step returns, so the next plan may be
+launched without waiting. What the host needs travels to it asynchronously (`StepOnDevice`). Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from septet.engine.layout import lay_out, lay_out_decode
+from septet.engine.rows import Rows
+from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
+from septet.engine.staging import Staging
+from septet.layers.batch import ForwardBatch
+from septet.step import Logprobs, RowResult, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from septet.engine.graphs import DecodeGraphs
+    from septet.kernels.ops import LayerKV, Ops
+    from septet.models.registry import Model
+    from septet.step import PlanRow, StepPlan
+
+__all__ = ["Runner", "StepOnDevice"]
+
+LOGPROB_ROWS = 64  # prompt positions whose logits are held at once
+
+
+class HostCopy:
+    """A tensor on its way to the host. `numpy()` waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.event = None
+        if tensor.is_cuda:
+            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.tensor = tensor
+
+    def numpy(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.numpy()
+
+
+class LogprobsCopy:
+    """`TopLogprobs` on its way to the host."""
+
+    def __init__(self, top: TopLogprobs) -> None:
+        self.parts = [HostCopy(t) for t in (top.chosen, top.rank, top.values, top.ids)]
+
+    def read(self, index: int, token: int, k: int) -> Logprobs:
+        chosen, rank, values, ids = (part.numpy() for part in self.parts)
+        top = tuple((int(t), float(v)) for t, v in zip(ids[index, :k], values[index, :k], strict=True))
+        return Logprobs(token, float(chosen[index]), int(rank[index]), top)
+
+
+@dataclass(slots=True)
+class PromptPart:
+    """Log-probabilities of one row's prompt positions, in slices."""
+
+    request: str
+    tokens: HostCopy  # (m,) the prompt tokens at those positions
+    slices: list[LogprobsCopy]
+    k: int
+
+    def read(self) -> tuple[Logprobs, ...]:
+        tokens = self.tokens.numpy()
+        return tuple(
+            self.slices[i // LOGPROB_ROWS].read(i % LOGPROB_ROWS, int(token), self.k) for i, token in enumerate(tokens)
+        )
+
+
+@dataclass(slots=True)
+class StepOnDevice:
+    """A launched step (`executor.PendingStep`)."""
+
+    step: int
+    picks: list[tuple[str, Pick]]
+    tokens: HostCopy | None
+    logprobs: LogprobsCopy | None
+    prompts: list[PromptPart]
+
+    def result(self) -> StepResult:
+        prompts = {part.request: part.read() for part in self.prompts}
+        sampled: dict[str, list[int]] = {}
+        logprobs: dict[str, list[Logprobs]] = {}
+        tokens = self.tokens.numpy().tolist() if self.tokens is not None else []
+        for i, (request, pick) in enumerate(self.picks):
+            sampled.setdefault(request, []).append(tokens[i])
+            k = pick.info.params.logprobs
+            if k is not None and self.logprobs is not None:
+                logprobs.setdefault(request, []).append(self.logprobs.read(i, tokens[i], k))
+        requests = dict.fromkeys((*sampled, *prompts))
+        return StepResult(
+            self.step,
+            tuple(_row_result(r, sampled.get(r, []), tuple(logprobs.get(r, ())), prompts.get(r, ())) for r in requests),
+        )
+
+
+def _row_result(
+    request: str, tokens: list[int], logprobs: tuple[Logprobs, ...], prompt: tuple[Logprobs, ...]
+) -> RowResult:
+    if any(token < 0 for token in tokens):
+        return RowResult(request, error="the model produced NaN logits for this request")
+    return RowResult(request, tuple(tokens), logprobs, prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A plan on the device: (R,) row, start, n; (T,) slots; (S,) where logits are wanted, and for whom."""
+
+    row: Tensor
+    start: Tensor
+    n: Tensor
+    slots: Tensor
+    logits_at: Tensor
+    pick_row: Tensor
+    pick_position: Tensor
+
+
+class Runner:
+    def __init__(self, model: Model, ops: Ops, kv: list[LayerKV], rows: Rows, staging: Staging) -> None:
+        self.model = model
+        self.ops = ops
+        self.kv = kv
+        self.rows = rows
+        self.staging = staging
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepOnDevice:
+        """Launch one step. Returns before the device has finished, where the device is asynchronous."""
+        self.rows.join(plan.joins, self.staging)
+        picks = self._picks(plan.rows)
+        decode = all(row.n == 1 and row.n_sample == 1 and not row.prompt_logprobs for row in plan.rows)
+        if decode and self.graphs is not None and self.graphs.fits(len(plan.rows)):
+            return self._captured(plan, picks)
+        return self._eager(plan, picks, decode)
+
+    def _captured(self, plan: StepPlan, picks: list[tuple[str, Pick]]) -> StepOnDevice:
+        assert self.graphs is not None
+        plain = all(pick.info.plain for _, pick in picks)
+        out = self.graphs.run(plan.rows, sample=plain)
+        n = len(plan.rows)
+        if plain:
+            return StepOnDevice(plan.step, picks, HostCopy(out.tokens[:n]), None, [])
+        sampled = sample(self.ops, out.logits[:n], [p for _, p in picks], self.rows, out.row[:n], out.start[:n] + 1)
+        return self._written(plan, picks, sampled, out.row[:n], out.start[:n] + 1, [])
+
+    def _eager(self, plan: StepPlan, picks: list[tuple[str, Pick]], decode: bool) -> StepOnDevice:
+        sent = self._send(plan.rows, picks)
+        max_kv = max(row.start + row.n for row in plan.rows)
+        if decode:
+            ids, layout = lay_out_decode(self.rows, sent.row, sent.start, sent.slots, max_kv)
+        else:
+            max_q = max(row.n for row in plan.rows)
+            ids, layout = lay_out(self.rows, sent.row, sent.start, sent.n, sent.slots, max_q, max_kv)
+        batch = ForwardBatch(ids, layout, self.kv, sent.logits_at)
+        hidden = self.model.hidden(batch)
+        prompts = self._prompt_logprobs(plan.rows, hidden)
+        if not picks:
+            return StepOnDevice(plan.step, picks, None, None, prompts)
+        logits = self.model.logits(self.ops.take_rows(hidden, sent.logits_at))
+        sampled = sample(self.ops, logits, [p for _, p in picks], self.rows, sent.pick_row, sent.pick_position)
+        return self._written(plan, picks, sampled, sent.pick_row, sent.pick_position, prompts)
+
+    def _written(
+        self,
+        plan: StepPlan,
+        picks: list[tuple[str, Pick]],
+        sampled: Sampled,
+        row: Tensor,
+        position: Tensor,
+        prompts: list[PromptPart],
+    ) -> StepOnDevice:
+        self.rows.tokens[row, position] = sampled.tokens.clamp(min=0).int()
+        logprobs = LogprobsCopy(sampled.logprobs) if sampled.logprobs is not None else None
+        return StepOnDevice(plan.step, picks, HostCopy(sampled.tokens), logprobs, prompts)
+
+    def _picks(self, plan_rows: Sequence[PlanRow]) -> list[tuple[str, Pick]]:
+        picks = []
+        for row in plan_rows:
+            if row.n_sample:
+                info = self.rows.info[row.row]
+                if info is None:
+                    raise ValueError(f"row {row.row} of step samples for {row.request!r} but nobody joined it")
+                end = row.start + row.n
+                picks += [(row.request, Pick(row.row, end - i, info)) for i in range(row.n_sample - 1, -1, -1)]
+        return picks
+
+    def _send(self, plan_rows: Sequence[PlanRow], picks: list[tuple[str, Pick]]) -> Sent:
+        ends = np.cumsum([row.n for row in plan_rows])
+        at = [end - i for row, end in zip(plan_rows, ends, strict=True) for i in range(row.n_sample, 0, -1)]
+        parts = (
+            [row.row for row in plan_rows],
+            [row.start for row in plan_rows],
+            [row.n for row in plan_rows],
+            [slot for row in plan_rows for slot in row.slots],
+            at,
+            [pick.row for _, pick in picks],
+            [pick.position for _, pick in picks],
+        )
+        return Sent(*self.staging.send([np.array(part, dtype=np.int64) for part in parts]))
+
+    def _prompt_logprobs(self, plan_rows: Sequence[PlanRow], hidden: Tensor) -> list[PromptPart]:
+        parts, lo = [], 0
+        for row in plan_rows:
+            info = self.rows.info[row.row]
+            if row.prompt_logprobs and info is not None:
+                n = min(row.n, info.n_prompt - 1 - row.start)  # positions start + 1 .. start + n, in the prompt
+                k = info.params.prompt_logprobs or 0
+                if n > 0:
+                    parts.append(self._prompt_part(row, hidden[lo : lo + n], k))
+            lo += row.n
+        return parts
+
+    def _prompt_part(self, row: PlanRow, hidden: Tensor, k: int) -> PromptPart:
+        n = hidden.shape[0]
+        tokens = self.rows.tokens[row.row, row.start + 1 : row.start + 1 + n].long()
+        slices = []
+        for lo in range(0, n, LOGPROB_ROWS):
+            logits = self.model.logits(hidden[lo : lo + LOGPROB_ROWS]).float()
+            slices.append(LogprobsCopy(top_logprobs(logits, tokens[lo : lo + LOGPROB_ROWS], k)))
+        return PromptPart(row.request, HostCopy(tokens.clone()), slices, k)

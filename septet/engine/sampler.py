@@ -1,0 +1,124 @@
+"""From logits to tokens: penalties, bias, filters, noise, log-probabilities; in that order, each row by itself.
+
+Called by the runner with the logits of one step. Order of operations as in vLLM: raw logits -> repetition, frequency
+and presence penalties -> logit bias -> end ids forbidden before min_tokens -> temperature -> top-k -> top-p -> min-p ->
+one draw by the Gumbel-max trick, whose noise is a function of (seed, position, token) (see `Ops.gumbel_argmax`), so
+that a row's answer does not depend on the batch. Log-probabilities are of the raw logits, as vLLM's default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from septet.engine.rows import RowInfo, Rows
+    from septet.kernels.ops import Ops
+
+__all__ = ["Pick", "Sampled", "TopLogprobs", "sample", "top_logprobs"]
+
+MAX_FAST_K = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One token to be sampled: which row, and the position that the new token will have."""
+
+    row: int
+    position: int
+    info: RowInfo
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """Log-probabilities at S positions, on the device until the step is read."""
+
+    chosen: Tensor  # (S,) float32
+    rank: Tensor  # (S,) int64, 1 = best
+    values: Tensor  # (S, k) float32, best first
+    ids: Tensor  # (S, k) int64
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    tokens: Tensor  # (S,) int64; -1 where the logits hold a NaN
+    logprobs: TopLogprobs | None  # for all picks, if any wants them
+
+
+def sample(ops: Ops, logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, position: Tensor) -> Sampled:
+    """logits (S, V); `row` and `position` (S,) int64 are the picks' on the device. Does not write to `rows`."""
+    raw = logits.float()
+    wants = [p.info.params.logprobs for p in picks if p.info.params.logprobs is not None]
+    adjusted = raw.clone() if wants or any(_edits(p) for p in picks) else raw
+    for i, pick in enumerate(picks):
+        if _edits(pick):
+            _adjust(adjusted[i], pick, rows)
+    temperature = rows.temperature[row]
+    if any(p.info.filters for p in picks):
+        adjusted = _filter(adjusted, picks, rows, row, temperature)
+    tokens = ops.gumbel_argmax(adjusted, temperature, rows.seed[row], position)
+    return Sampled(tokens, top_logprobs(raw, tokens.clamp(min=0), max(wants)) if wants else None)
+
+
+def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> TopLogprobs:
+    """logits (S, V) float32, chosen (S,) -> the chosen token's log-probability and rank, and the k best."""
+    logp = torch.log_softmax(logits, dim=-1)
+    mine = logp.gather(1, chosen[:, None])
+    rank = (logp > mine).sum(-1) + 1
+    values, ids = logp.topk(k, dim=-1)
+    return TopLogprobs(mine[:, 0], rank, values, ids)
+
+
+def _edits(pick: Pick) -> bool:
+    p = pick.info.params
+    return pick.info.penalises or bool(p.logit_bias) or _too_early(pick)
+
+
+def _too_early(pick: Pick) -> bool:
+    return pick.position - pick.info.n_prompt < pick.info.params.min_tokens and bool(pick.info.end_ids)
+
+
+def _adjust(logits: Tensor, pick: Pick, rows: Rows) -> None:
+    """Edit one row of logits (V,) in place."""
+    p, n_prompt = pick.info.params, pick.info.n_prompt
+    if pick.info.penalises:
+        seen = rows.tokens[pick.row, : pick.position].long()
+        if p.repetition_penalty != 1.0:
+            known = torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, seen, True)
+            factor = torch.where(logits > 0, 1.0 / p.repetition_penalty, p.repetition_penalty)
+            logits.copy_(torch.where(known, logits * factor, logits))
+        output = seen[n_prompt:]
+        counts = torch.zeros_like(logits).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))
+        logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+    if p.logit_bias:
+        ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=logits.device)
+        bias = torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        logits.index_add_(0, ids, bias)
+    if _too_early(pick):
+        logits.index_fill_(0, torch.tensor(pick.info.end_ids, device=logits.device), float("-inf"))
+
+
+def _filter(logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, temperature: Tensor) -> Tensor:
+    """Set to -inf what top-k, top-p and min-p exclude; rows without a filter stay as they are."""
+    on = torch.tensor([i for i, p in enumerate(picks) if p.info.filters], device=logits.device)
+    ks = [p.info.params.top_k for p in picks if p.info.filters]
+    vocab = logits.shape[1]
+    width = max(ks) if all(0 < k <= MAX_FAST_K for k in ks) else vocab  # few candidates: no full sort
+    row, scaled = row[on], logits[on] / temperature[on, None]
+    ranked, ids = scaled.topk(min(width, vocab), dim=-1)
+    k = rows.top_k[row]
+    k = torch.where(k > 0, k, vocab)
+    keep = torch.arange(ranked.shape[1], device=logits.device)[None] < k[:, None]
+    prob = torch.softmax(ranked.masked_fill(~keep, float("-inf")), dim=-1)
+    keep &= prob.cumsum(-1) - prob < rows.top_p[row, None]
+    keep &= prob >= rows.min_p[row, None] * prob[:, :1]
+    kept = torch.full_like(scaled, float("-inf")).scatter(1, ids.where(keep, ids[:, :1]), logits[on].gather(1, ids))
+    best = ids[:, :1]  # entries that fell out were pointed at the best token: restore its value
+    kept.scatter_(1, best, logits[on].gather(1, best))
+    return logits.index_copy(0, on, kept)
