@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from septet.request import FinishReason, Request
 from septet.step import Logprobs
 
@@ -59,9 +61,11 @@ class EngineInfo:
     choices: tuple[tuple[str, str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """New output of one request. `finish_reason` set = the last one. `stop_token`: the id that ended it, if one did."""
+class Update(Struct, frozen=True, omit_defaults=True):
+    """New output of one request. `finish_reason` set = the last one. `stop_token`: the id that ended it, if one did.
+
+    A msgspec Struct, because one is made, encoded and decoded per row and step: a tenth of a frozen dataclass's cost.
+    """
 
     request: str
     tokens: tuple[int, ...] = ()
