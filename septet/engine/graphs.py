@@ -30,7 +30,7 @@ __all__ = ["DecodeGraphs", "bucket_sizes"]
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, then multiples of 8 up to 64, of 16 up to 256, of 32 beyond; at most max_rows."""
+    """Sizes to capture: 1, 2, 4, multiples of 8 to 64, of 16 to 256, of 32 beyond; none over max_rows."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)]
     return sorted({*(s for s in sizes if s < max_rows), max_rows})
 

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from septet.engine.layout import lay_out, lay_out_decode
-from septet.engine.rows import Rows
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
-from septet.engine.staging import Staging
 from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
 
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.engine.graphs import DecodeGraphs
+    from septet.engine.rows import Rows
+    from septet.engine.staging import Staging
     from septet.kernels.ops import LayerKV, Ops
     from septet.models.registry import Model
     from septet.step import PlanRow, StepPlan

@@ -6,10 +6,13 @@ Called by `engine/build.py` before anything is allocated. Standard library and t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from septet.config import EngineConfig, ModelConfig
 from septet.errors import InvalidRequest, OutOfMemory
 from septet.geometry import activation_bytes, kv_bytes_per_token, row_state_bytes
+
+if TYPE_CHECKING:
+    from septet.config import EngineConfig, ModelConfig
 
 __all__ = ["Choice", "Sizes", "resolve_sizes"]
 
@@ -60,8 +63,8 @@ def resolve_sizes(
         choices.append(("max_model_len", str(length), "as asked" if engine.max_model_len else "the model's own"))
     if slots < max(length, 16):
         raise OutOfMemory(
-            f"the KV pool would hold {slots} tokens ({budget // MIB} MiB at {per_token} bytes a token), but one request "
-            f"of max_model_len {length} needs {length * per_token // MIB} MiB. {budget_reason}. "
+            f"the KV pool would hold {slots} tokens ({budget // MIB} MiB at {per_token} bytes a token), but one "
+            f"request of max_model_len {length} needs {length * per_token // MIB} MiB. {budget_reason}. "
             "Lower --max-model-len, or raise --kv-cache-memory or --memory-utilization"
         )
     choices.append(("num_kv_slots", str(slots), budget_reason if not engine.num_kv_slots else "as asked"))

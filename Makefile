@@ -1,0 +1,56 @@
+# Every target sets up what it needs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || echo 'torch==2.13.0')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help setup dev demo serve check format test test-gpu bench-engine clean
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.run: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.11 or newer, or set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; set PYTHON=python3.12, say"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): $(TORCH) first, then Septet and its libraries (a minute or three)"
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.run  ## what running Septet needs
+dev: $(VENV)/.dev    ## what working on Septet needs
+
+demo: setup  ## fetch the default model and stream an answer in the terminal
+	@$(BIN)/septet run smollm2 "What is the capital of France? Answer in one sentence." --temperature 0 --stats
+
+serve: setup  ## the default model behind OpenAI's API on http://127.0.0.1:8000/v1
+	@$(BIN)/septet serve smollm2
+
+check: dev  ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: dev  ## let ruff format and mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+test: dev  ## unit, cpu, contract and end-to-end tests
+	@$(BIN)/python -m pytest tests/unit tests/cpu
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/contract
+	@$(BIN)/python -m pytest tests/e2e
+
+test-gpu:  ## kernels and engine on this machine's GPU, with the Python that is there (PYTHON=...)
+	@$(PYTHON) -m pytest tests/gpu
+
+bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 rows, without a model
+	@$(BIN)/python -m septet.bench.engine_steps
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
