@@ -1,29 +1,33 @@
-"""What this machine lets us use: CPUs by affinity and cgroup quota.
+"""What this machine lets us use: CPUs by affinity and cgroup quota, memory by what is free and the cgroup's limit.
 
-Owned by the base room; read by the engine's start-up (thread counts) and by `build` (figures for the user). Reads /proc
-and /sys only, standard library only. Values are read when asked, never cached: a container's quota can change.
+Owned by the base room; read by the engine's start-up (thread counts) and by `build` (pool sizes, figures for the user).
+Reads /proc and /sys only, standard library only. Values are read when asked, never cached: a quota can change.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["cpu_quota", "thread_env", "usable_cpus"]
+__all__ = ["available_memory", "cpu_quota", "thread_env", "usable_cpus"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
-def cpu_quota(proc: Path = Path("/proc"), sys_fs: Path = Path("/sys/fs/cgroup")) -> float | None:
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cpu_quota(proc: Path = PROC, sys_fs: Path = CGROUPS) -> float | None:
     """CPUs that the control groups of this process grant, in cores; None = no limit (or no cgroups here).
 
     The tightest limit from this group up to the root counts. cgroup v2: `cpu.max` holds "quota period" or "max period";
     v1: `cpu.cfs_quota_us` (-1 = none) over `cpu.cfs_period_us` (Linux, admin-guide/cgroup-v2 and sched-bwc).
     """
     limits = []
-    for group in _groups(proc, sys_fs):
+    for group in _groups("cpu", proc, sys_fs):
         quota = _read(group / "cpu.max").split()
         if not quota:
             quota = [*_read(group / "cpu.cfs_quota_us").split(), *_read(group / "cpu.cfs_period_us").split()]
@@ -39,20 +43,48 @@ def usable_cpus() -> int:
     return max(1, min(cpus, math.ceil(quota))) if quota is not None else cpus
 
 
-def thread_env(environ: dict[str, str], cpus: int) -> dict[str, str]:
+def thread_env(environ: Mapping[str, str], cpus: int) -> dict[str, str]:
     """Thread settings to add to `environ` before numeric libraries load; what the user set stays."""
     return {name: str(cpus) for name in THREAD_VARIABLES if name not in environ}
 
 
-def _groups(proc: Path, sys_fs: Path) -> Iterator[Path]:
-    """Directories of the CPU controller for this process, innermost first, for v2 and v1 hierarchies."""
+def available_memory(proc: Path = PROC, sys_fs: Path = CGROUPS) -> int:
+    """Bytes this process can still allocate without swapping: MemAvailable, or less where a cgroup's limit is nearer.
+
+    A group's room is its limit less its use, file pages that can be dropped (`inactive_file`) not counted as use.
+    """
+    room = [_field(_read(proc / "meminfo"), "MemAvailable:") * 1024]
+    for group in _groups("memory", proc, sys_fs):
+        for limit_file, use_file in (
+            ("memory.max", "memory.current"),  # v2
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # v1
+        ):
+            limit, use = _read(group / limit_file).strip(), _read(group / use_file).strip()
+            if limit.isdigit() and use.isdigit():
+                stat = _read(group / "memory.stat")
+                droppable = _field(stat, "total_inactive_file") or _field(stat, "inactive_file")
+                room.append(max(0, int(limit) - int(use) + droppable))
+    return min(room)
+
+
+def _field(text: str, name: str) -> int:
+    """The number after `name` at the start of a line; 0 if there is none."""
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == name and words[1].isdigit():
+            return int(words[1])
+    return 0
+
+
+def _groups(controller: str, proc: Path, sys_fs: Path) -> Iterator[Path]:
+    """Directories of a controller for this process, innermost first, in v2 and v1 hierarchies."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             top = sys_fs  # v2
-        elif "cpu" in controllers.split(","):
-            top = next((d for d in (sys_fs / "cpu", sys_fs / "cpu,cpuacct") if d.is_dir()), sys_fs)
+        elif controller in controllers.split(","):
+            top = next((d for d in (sys_fs / controller, sys_fs / controllers) if d.is_dir()), sys_fs)
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
@@ -63,5 +95,5 @@ def _groups(proc: Path, sys_fs: Path) -> Iterator[Path]:
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:
+    except (OSError, UnicodeError):
         return ""
