@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from septet.request import FinishReason, Request
-from septet.step import Logprobs
+from septet.request import FinishReason, Request  # noqa: TC001 - msgspec evaluates the annotations
+from septet.step import Logprobs  # noqa: TC001
 
 __all__ = ["Abort", "EngineInfo", "EngineStats", "Fatal", "Shutdown", "StatsReply", "StatsRequest", "Submit", "Update"]
 

@@ -13,14 +13,16 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from septet.config import EngineConfig
 from septet.engine.messages import Abort, EngineInfo, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Update
 from septet.errors import SeptetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "AsyncEnd",
@@ -69,7 +71,7 @@ _BODIES: dict[str, msgspec.msgpack.Decoder[Any]] = {
 
 
 def encode(messages: Sequence[Message]) -> bytes:
-    """One frame of one or more messages of the same class. Raises FrameTooLarge, or ValueError for what can't travel."""
+    """One frame of one or more messages of one class. Raises FrameTooLarge, or ValueError for odd values."""
     tag = type(messages[0]).__name__
     if any(type(message).__name__ != tag for message in messages):
         raise ValueError("a frame holds messages of one class")
