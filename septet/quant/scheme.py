@@ -46,7 +46,8 @@ class PackedWeight:
 class Scheme(Protocol):
     """How one format multiplies, looks up and stacks."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def linear(self, ops: Ops, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor: ...
 
