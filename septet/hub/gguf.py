@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import ModelFileError, ModelNotFound, UnsupportedModel
 from septet.geometry import BLOCKS
+from septet.hub.facts import shown
 
 if TYPE_CHECKING:
     import os
@@ -103,7 +104,7 @@ class GGUFFile:
         """The tensor's bytes as they lie in the file, read-only, not copied. UnsupportedModel for an unknown kind."""
         if info.kind not in BLOCKS:
             raise UnsupportedModel(
-                f"{self.name}: tensor {_shown(info.name)} is of type {info.kind}, which Septet can't read; "
+                f"{self.name}: tensor {shown(info.name)} is of type {info.kind}, which Septet can't read; "
                 f"supported are {', '.join(BLOCKS)}"
             )
         return memoryview(self._map)[info.offset : info.offset + info.n_bytes]
@@ -132,11 +133,6 @@ def _map_file(path: Path) -> mmap.mmap:
         raise ModelNotFound(f"no such file: {path.name}") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"can't read {path.name}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _shown(text: str) -> str:
-    """A name out of the file, safe to print."""
-    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 class _Cursor:
@@ -250,9 +246,9 @@ def _read_metadata(header: _Cursor, n_kv: int) -> dict[str, Any]:
     for i in range(n_kv):
         key = header.text(f"key {i}", MAX_KEY_BYTES)
         if key in metadata:
-            raise header.bad(f"key {_shown(key)} appears twice")
-        what = f"the value of {_shown(key)}"
-        metadata[key] = header.value(header.u32(f"the type of {_shown(key)}"), what)
+            raise header.bad(f"key {shown(key)} appears twice")
+        what = f"the value of {shown(key)}"
+        metadata[key] = header.value(header.u32(f"the type of {shown(key)}"), what)
     return metadata
 
 
@@ -261,7 +257,7 @@ def _alignment(name: str, metadata: dict[str, Any]) -> int:
     ok = isinstance(value, int) and not isinstance(value, bool)
     if not ok or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
         rule = f"a power of two from 8 to {MAX_ALIGNMENT}"
-        raise ModelFileError(f"{name}: general.alignment must be {rule}, not {_shown(str(value))}")
+        raise ModelFileError(f"{name}: general.alignment must be {rule}, not {shown(value)}")
     return value
 
 
@@ -270,7 +266,7 @@ def _read_table(header: _Cursor, n_tensors: int) -> list[TensorInfo]:
     table = []
     for i in range(n_tensors):
         tensor = header.text(f"the name of tensor {i}", MAX_KEY_BYTES)
-        what = f"tensor {_shown(tensor)}"
+        what = f"tensor {shown(tensor)}"
         n_dims = header.u32(f"the rank of {what}")
         if not 1 <= n_dims <= MAX_DIMS:
             raise header.bad(f"{what} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
@@ -301,7 +297,7 @@ def _place(name: str, table: list[TensorInfo], header_end: int, alignment: int, 
     start = -(-header_end // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for info in table:
-        what = f"tensor {_shown(info.name)}"
+        what = f"tensor {shown(info.name)}"
         if info.name in tensors:
             raise ModelFileError(f"{name}: {what} appears twice")
         if info.offset % alignment:
@@ -314,5 +310,5 @@ def _place(name: str, table: list[TensorInfo], header_end: int, alignment: int, 
     ordered = sorted(tensors.values(), key=lambda info: (info.offset, info.n_bytes))
     for before, after in pairwise(ordered):
         if before.offset + before.n_bytes > after.offset:
-            raise ModelFileError(f"{name}: tensors {_shown(before.name)} and {_shown(after.name)} overlap")
+            raise ModelFileError(f"{name}: tensors {shown(before.name)} and {shown(after.name)} overlap")
     return tensors
