@@ -43,24 +43,17 @@ class MergedLinear:
         self, build: Build, names: Sequence[str], n_in: int, n_outs: Sequence[int], *, bias: bool = False
     ) -> None:
         self.ops = build.ops
-        parts = zip(names, n_outs, strict=True)
+        parts = list(zip(names, n_outs, strict=True))
         self.weights = _stack([build.source.matrix(f"{name}.weight", (n_out, n_in)) for name, n_out in parts])
-        self.bias = None
+        self.biases: list[Tensor | None] = [None] * len(self.weights)
         if bias:
-            parts = zip(names, n_outs, strict=True)
-            self.bias = build.ops.join([build.source.vector(f"{name}.bias", (n_out,)) for name, n_out in parts])
+            joined = build.ops.join([build.source.vector(f"{name}.bias", (n_out,)) for name, n_out in parts])
+            self.biases = list(joined.split([weight.shape[0] for weight in self.weights]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, n_in) -> (T, sum of n_outs)."""
-        if len(self.weights) == 1:
-            return self.weights[0].linear(self.ops, x, self.bias)
-        outs, at = [], 0
-        for weight in self.weights:
-            n_out = weight.shape[0]
-            bias = None if self.bias is None else self.bias[at : at + n_out]
-            outs.append(weight.linear(self.ops, x, bias))
-            at += n_out
-        return self.ops.join(outs)
+        outs = [weight.linear(self.ops, x, bias) for weight, bias in zip(self.weights, self.biases, strict=True)]
+        return outs[0] if len(outs) == 1 else self.ops.join(outs)
 
 
 def _stack(weights: list[PackedWeight]) -> list[PackedWeight]:
