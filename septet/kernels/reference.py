@@ -32,7 +32,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     key = _mix(low ^ _mix((high + positions * 0x9E3779B9) & _M32))
     token = torch.arange(vocab, device=seeds.device, dtype=torch.int64) * 0x85EBCA6B
     h = _mix((key[:, None] + token) & _M32)
-    u = ((h >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    u = ((h >> 9).to(torch.float32) + 0.5) * 2.0**-23  # 24 bits in all: exact, so never 1, whose noise is infinite
     return -torch.log(-torch.log(u))
 
 

@@ -1,0 +1,81 @@
+"""Tile sizes of attention: a pure function of shapes and host integers, so that captured steps can use it.
+
+Called by `attention.py`. Standard library only; the figures are for Hopper (228 KB of shared memory, wgmma on tiles of
+64 rows) and are the one place to tune.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Tiles", "choose"]
+
+SMALL_M = 16  # rows of the smallest matrix instruction
+MAX_SPLITS = 64
+SPLIT_TOKENS = 128  # a split reads at least this much context
+PIPELINE_BYTES = 160 * 1024  # of shared memory for K and V in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """block_m rows of a tile = query tokens x query heads of one KV head; block_n context tokens per turn of the loop.
+
+    decode: one token per row, program = row, nothing to search. splits: programs that share one tile's context.
+    """
+
+    decode: bool
+    block_m: int
+    block_n: int
+    block_d: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    ratio: int  # query heads per KV head
+
+    @property
+    def block_q(self) -> int:
+        """Query tokens per tile; rows block_q * ratio .. block_m - 1 of the tile are idle."""
+        return self.block_m // self.ratio
+
+    def n_blocks(self, n_tokens: int, n_rows: int) -> int:
+        """Upper bound of the q-blocks of any division of n_tokens tokens among n_rows rows."""
+        return n_rows if self.decode else n_tokens // self.block_q + n_rows
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _query_rows(wanted: int, block_d: int, item_size: int) -> int:
+    """Tile rows for `wanted` (tokens x ratio of an average row): small for decode-like rows, large for prompts."""
+    if wanted <= SMALL_M:
+        return SMALL_M
+    if item_size == 4:
+        return 32
+    return 128 if wanted >= 512 and block_d <= 128 else 64
+
+
+def choose(
+    n_tokens: int,
+    n_rows: int,
+    n_heads: int,
+    n_kv: int,
+    head_dim: int,
+    item_size: int,
+    max_q: int,
+    max_context: int,
+    n_sms: int,
+) -> Tiles:
+    """The tiles of one launch. max_context: tokens that a query may read (the longest context or the window)."""
+    ratio, block_d = n_heads // n_kv, max(_pow2(head_dim), 16)
+    decode = max_q == 1 and n_tokens == n_rows
+    average = ratio * -(-n_tokens // max(n_rows, 1))
+    block_m = max(_query_rows(average, block_d, item_size), _pow2(ratio))
+    block_n = 64 if block_d * item_size <= 256 else 32
+    turn = 2 * block_n * block_d * item_size  # bytes of K and V in one turn
+    num_stages = max(min(PIPELINE_BYTES // turn, 5 if block_m == SMALL_M else 3), 2)
+    tiles = Tiles(decode, block_m, block_n, block_d, 1, 8 if block_m >= 128 else 4, num_stages, ratio)
+    programs = max(tiles.n_blocks(n_tokens, n_rows) * n_kv, 1)
+    splits = min(2 * n_sms // programs, max_context // SPLIT_TOKENS, MAX_SPLITS)
+    splits = 1 << (splits.bit_length() - 1) if splits > 1 else 1  # a power of two: few versions of the merge
+    return Tiles(decode, block_m, block_n, block_d, splits, tiles.num_warps, num_stages, ratio)
