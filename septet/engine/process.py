@@ -1,0 +1,216 @@
+"""The engine as a process of its own: how a client starts it, what it does from its first frame to its exit code.
+
+Parent side: `EngineProcess` (used by `client.py`). Child side: `serve` (called by `__main__`). Both know each other's
+death as the end of the stream on an inherited socket pair, to which nobody else can connect. No torch here: the model
+comes in through a late import of `engine/build.py`, after the thread settings are in the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import select
+import signal
+import site
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import septet
+from septet.config import EngineConfig
+from septet.engine.loop import EngineLoop
+from septet.engine.messages import EngineInfo, Fatal, Shutdown
+from septet.engine.wire import BlockingEnd, Disconnected, WireError
+from septet.errors import InvalidRequest, SeptetError
+from septet.machine import thread_env, usable_cpus
+
+if TYPE_CHECKING:
+    from septet.engine.executor import Executor
+    from septet.engine.scheduler import Scheduler
+
+__all__ = ["Engine", "EngineProcess", "build_engine", "serve"]
+
+ECHO = "echo:"  # EngineConfig.model "echo:" or "echo:VOCABULARY": no model, for tests and benchmarks of the engine
+PARENT_CHECK_MS = 2000
+PARENT_GRACE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+# -- the parent's side ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class EngineProcess:
+    """A child process and our end of the socket pair. Whoever spawns it must `stop` it."""
+
+    popen: subprocess.Popen[bytes]
+    sock: socket.socket
+
+    @classmethod
+    def spawn(cls) -> EngineProcess:
+        """Start `python -m septet.engine`; it waits for an EngineConfig as its first frame.
+
+        A process group of its own, so that the terminal's Ctrl-C reaches the parent alone, which decides.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "septet.engine", "--fd", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # stdout belongs to the parent's answers
+                pass_fds=[theirs.fileno()],
+                env=_child_env(dict(os.environ)),
+                process_group=0,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(popen, ours)
+
+    def exit_reason(self) -> str | None:
+        """How the process ended, for people; None while it runs."""
+        code = self.popen.poll()
+        if code is None:
+            return None
+        if code >= 0:
+            return f"it exited with code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"it was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+
+    def stop(self, grace_s: float) -> int:
+        """Wait for the exit, then SIGTERM, then SIGKILL, each after `grace_s`; returns the exit code. Blocks."""
+        for ask in (self.popen.terminate, self.popen.kill):
+            try:
+                return self.popen.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                ask()
+        return self.popen.wait()
+
+
+def _child_env(environ: dict[str, str]) -> dict[str, str]:
+    """The parent's environment with thread counts, and with this package importable where it is not installed."""
+    environ.update(thread_env(environ, usable_cpus()))
+    root = str(Path(septet.__file__).parent.parent)
+    if root not in site.getsitepackages():
+        environ["PYTHONPATH"] = os.pathsep.join(part for part in (environ.get("PYTHONPATH"), root) if part)
+    return environ
+
+
+# -- the child's side -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a loop turns."""
+
+    scheduler: Scheduler
+    executor: Executor
+    info: EngineInfo
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load the model, size the pool, make the scheduler. Raises SeptetError with the reason."""
+    from septet.engine.scheduler import Scheduler, SchedulerLimits
+    from septet.kv.cache import KVCache
+
+    executor: Executor
+    if config.model.startswith(ECHO):
+        executor, info = _build_echo(config)
+    else:
+        from septet.engine.build import build_executor
+
+        executor, info = build_executor(config)
+    limits = SchedulerLimits(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        max_waiting=config.max_waiting,
+        vocab_size=info.vocab_size,
+    )
+    cache = KVCache(info.num_kv_slots, enable_prefix=config.enable_prefix_caching)
+    return Engine(Scheduler(limits, cache), executor, replace(info, pid=os.getpid()))
+
+
+def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
+    """An engine without a model: tokens are a function of seed and position."""
+    from septet.engine.echo import EchoExecutor
+
+    size = config.model.removeprefix(ECHO) or "1000"
+    if not size.isdigit() or not 0 < int(size) < 2**31:
+        raise InvalidRequest(f"model {ECHO}VOCABULARY needs a positive number, not {size[:40]!r}", param="model")
+    executor = EchoExecutor(depth=1 if config.overlap == "off" else 2, vocab_size=int(size))
+    info = EngineInfo(
+        model=config.model,
+        vocab_size=int(size),
+        max_model_len=config.max_model_len or 4096,
+        max_num_seqs=config.max_num_seqs or 256,
+        max_num_batched_tokens=config.max_num_batched_tokens or 2048,
+        num_kv_slots=config.num_kv_slots or 1 << 17,
+        kv_bytes_per_token=0,
+        weight_bytes=0,
+        device="none",
+        dtype="none",
+        kernels="echo",
+        pid=0,
+        load_s=0.0,
+    )
+    return executor, info
+
+
+def serve(fd: int) -> int:
+    """The engine process: configuration in, engine info out, then turns until the client leaves. The exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    sock = socket.socket(fileno=fd)
+    end = BlockingEnd(sock)
+    threading.Thread(target=_follow_parent, args=(sock, os.getppid()), name="parent", daemon=True).start()
+    try:
+        engine = build_engine(_first_frame(end))
+        signal.signal(signal.SIGTERM, lambda *_: end.post(Shutdown()))
+        end.send([engine.info])
+    except Disconnected:
+        log.info("the client left while the engine was loading")
+        return 1
+    except Exception as error:
+        _report(end, error)
+        return 1
+    gc.collect()
+    return EngineLoop(engine.scheduler, engine.executor, end, end, owns_gc=True).run()
+
+
+def _first_frame(end: BlockingEnd) -> EngineConfig:
+    messages = end.receive(None)
+    while not messages:
+        messages = end.receive(None)
+    if not isinstance(messages[0], EngineConfig):
+        raise WireError(f"the first frame must be an EngineConfig, not {type(messages[0]).__name__}")
+    return messages[0]
+
+
+def _report(end: BlockingEnd, error: Exception) -> None:
+    """Tell the client why there is no engine: our own errors by their words, others with a traceback in the log."""
+    if isinstance(error, SeptetError):
+        fatal = Fatal(str(error), error.kind)
+    else:
+        log.error("the engine could not start", exc_info=error)
+        fatal = Fatal(f"the engine could not start: {type(error).__name__}: {str(error)[:500]}")
+    with contextlib.suppress(Disconnected):
+        end.send([fatal])
+
+
+def _follow_parent(sock: socket.socket, parent: int) -> None:
+    """End this process when the parent is gone, even if the main thread is busy in a long step or a load.
+
+    Not PR_SET_PDEATHSIG: that fires when the parent's *thread* that started us ends.
+    """
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLRDHUP)
+    while not poll.poll(PARENT_CHECK_MS) and os.getppid() == parent:
+        pass
+    time.sleep(PARENT_GRACE_S)  # the loop sees the end of the stream too, and is given the chance to leave by itself
+    os._exit(1)
