@@ -1,0 +1,221 @@
+"""Checkpoints as sources of tensors: GGUF files and safetensors directories, behind the same names and layouts.
+
+`engine/build.py` calls `open_source`; layers pull from the result (contract: `source.py`). What stays packed and what
+becomes dense is decided here, by what the ops at hand can multiply. One tensor is handled at a time and large ones in
+chunks of rows, so that loading needs little more memory than the model. Knows no layer and no architecture's forward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from septet.errors import ModelFileError, UnsupportedModel
+from septet.hub.gguf import GGUFFile
+from septet.hub.safetensors import SafetensorsDir
+from septet.kernels import ggml
+from septet.quant.gguf import GGUFBlocks
+from septet.quant.none import Dense
+from septet.weights.names import canonical_of_gguf, canonical_of_hf, is_harmless
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from septet.config import ModelConfig
+    from septet.hub.gguf import TensorInfo
+    from septet.kernels.ops import Ops
+    from septet.quant.scheme import PackedWeight
+    from septet.weights.source import Source
+
+__all__ = ["GGUFSource", "SafetensorsSource", "open_source"]
+
+CHUNK = 1 << 22  # weights made dense at once: 16 MiB in float32, and a few temporaries of that size
+INTERLEAVED = ("llama", "mistral")  # GGUF stores their q and k for rotation of neighbours (2i, 2i + 1)
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
+
+
+def open_source(path: str | Path, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Source:
+    """The weights at `path`: a .gguf file, or a directory with safetensors. `dtype` is the compute dtype.
+
+    ModelNotFound, ModelFileError or UnsupportedModel where the files are missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return SafetensorsSource(SafetensorsDir.open(path), config, device, dtype)
+    return GGUFSource(GGUFFile.open(path), config, ops, device, dtype)
+
+
+class Inventory:
+    """Which tensors a checkpoint has, by canonical name, and which of them were asked for."""
+
+    def __init__(self, where: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+        """`where`: the file's name, for messages. `tensors`: (canonical name, name in the file, shape)."""
+        self.where = where
+        self.known: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.taken: set[str] = set()
+        for name, own, shape in tensors:
+            if name in self.known:
+                raise ModelFileError(f"{where}: tensors {_shown(self.known[name][0])} and {_shown(own)} are the same")
+            self.known[name] = (own, shape)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> str:
+        """-> the name in the file. ModelFileError if there is none or its shape is another one."""
+        if name not in self.known:
+            raise ModelFileError(f"{self.where}: the tensor {name} is missing; expected it with shape {list(shape)}")
+        own, found = self.known[name]
+        if found != tuple(shape):
+            alias = "" if own == name else f" ({name})"
+            raise ModelFileError(
+                f"{self.where}: tensor {own}{alias} has shape {list(found)}; the model's config asks for {list(shape)}"
+            )
+        self.taken.add(name)
+        return own
+
+    def check_all_taken(self, tied: bool) -> None:
+        """ModelFileError naming what nobody asked for, harmless extras aside."""
+        left = [own for name, (own, _) in self.known.items() if name not in self.taken and not is_harmless(name, tied)]
+        if left:
+            names = ", ".join(map(_shown, sorted(left)[:8])) + (", ..." if len(left) > 8 else "")
+            raise ModelFileError(
+                f"{self.where}: {len(left)} tensors belong to no layer of this architecture, so its answers would be "
+                f"wrong: {names}"
+            )
+
+
+class GGUFSource:
+    """Weights of a GGUF file. Matrices whose block type the ops multiply stay blocks, on the CPU in the mapped file."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
+        self.file = file
+        self.config = config
+        self.ops = ops
+        self.device = device
+        self.dtype = dtype
+        entries = ((canonical_of_gguf(t.name, config.architecture), t.name, t.shape) for t in file.tensors.values())
+        self.inventory = Inventory(file.name, entries)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+        info = self.file.tensors[self.inventory.take(name, shape)]
+        rows, order = self._rows(info), self._row_order(name, shape[0])
+        if info.kind in self.ops.block_kinds:
+            blocks = rows if order is None else rows[order]
+            return GGUFBlocks(info.kind).pack(blocks.to(self.device))
+        return Dense.pack(self._dense(rows, order, info.kind, shape))
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._floats(name, shape).to(self.dtype).to(self.device)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return self._floats(name, shape).to(self.device) if self.has(name) else None
+
+    def has(self, name: str) -> bool:
+        return name in self.inventory.known
+
+    def finish(self) -> None:
+        self.file.close()  # blocks that are views keep the mapping alive
+        self.inventory.check_all_taken(self.config.tie_embeddings)
+
+    def _rows(self, info: TensorInfo) -> Tensor:
+        """(N, row_bytes) uint8 over the mapped file; never written to. A vector is one row."""
+        view = self.file.data(info)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(view, dtype=torch.uint8)
+        n_rows = info.shape[0] if len(info.shape) > 1 else 1
+        return flat.view(n_rows, info.n_bytes // n_rows)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small tensor in float32 on the CPU, in memory of its own."""
+        info = self.file.tensors[self.inventory.take(name, shape)]
+        values = ggml.dequantize(self._rows(info), info.kind, torch.float32).reshape(shape)
+        order = self._row_order(name, shape[0])
+        return values.clone() if order is None else values[order]
+
+    def _row_order(self, name: str, n: int) -> Tensor | None:
+        """Which row of the file is row i of the canonical layout, (n,) int64; None where they agree.
+
+        llama.cpp's converter interleaves the halves of each head of q and k (row 2i + j of a head is row
+        j * E/2 + i of the checkpoint), since it rotates neighbours; Septet rotates halves. Rows are whole blocks.
+        """
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
+        if heads is None or self.config.architecture not in INTERLEAVED:
+            return None
+        return torch.arange(n).view(heads, n // heads // 2, 2).transpose(1, 2).reshape(n)
+
+    def _dense(self, rows: Tensor, order: Tensor | None, kind: str, shape: tuple[int, int]) -> Tensor:
+        """(N, K) in the compute dtype on the device, made chunk by chunk; the mapped file's memory where it serves."""
+        if _TORCH.get(kind) == self.dtype and order is None and self.device.type == "cpu":
+            return rows.view(self.dtype)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for part in _chunks(shape):
+            chunk = rows[part] if order is None else rows[order[part]]
+            out[part] = self.ops.dequantize(chunk.to(self.device), kind, self.dtype)
+        return out
+
+
+class SafetensorsSource:
+    """Weights of a Hugging Face checkpoint: dense in the compute dtype."""
+
+    def __init__(self, files: SafetensorsDir, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.files = files
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        entries = ((canonical_of_hf(own), own, info.shape) for own, info in files.tensors.items())
+        self.inventory = Inventory(files.path.name, entries)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+        values = self._load(name, shape)
+        if values.dtype == self.dtype:
+            return Dense.pack(values.to(self.device))
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for part in _chunks(shape):
+            out[part] = values[part].to(self.dtype).to(self.device)
+        return Dense.pack(out)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._floats(name, shape).to(self.dtype).to(self.device)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return self._floats(name, shape).to(self.device) if self.has(name) else None
+
+    def has(self, name: str) -> bool:
+        return name in self.inventory.known
+
+    def finish(self) -> None:
+        self.files.close()
+        self.inventory.check_all_taken(self.config.tie_embeddings)
+
+    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        own = self.inventory.take(name, shape)
+        dtype = self.files.tensors[own].dtype
+        if dtype not in FLOATS:
+            raise UnsupportedModel(
+                f"{self.inventory.where}: tensor {own} is of type {dtype}; Septet reads {', '.join(FLOATS)} from "
+                "safetensors (take the model's unquantised checkpoint, or a GGUF file)"
+            )
+        return self.files.load(own)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small tensor in float32 on the CPU. Gemma stores its norms less one; the sum is made before rounding."""
+        values = self._load(name, shape).float()
+        return values + 1.0 if self.config.architecture == "gemma3" and name.endswith("norm.weight") else values
+
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _chunks(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of rows, CHUNK weights or one row each."""
+    step = max(1, CHUNK // shape[1])
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def _shown(name: str) -> str:
+    """A name out of a file, safe to print."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")
