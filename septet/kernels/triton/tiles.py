@@ -6,7 +6,7 @@ Called by `attention.py`. Standard library only; the figures are for Hopper (228
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Tiles", "choose"]
 
@@ -74,8 +74,14 @@ def choose(
     block_n = 64 if block_d * item_size <= 256 else 32
     turn = 2 * block_n * block_d * item_size  # bytes of K and V in one turn
     num_stages = max(min(PIPELINE_BYTES // turn, 5 if block_m == SMALL_M else 3), 2)
-    tiles = Tiles(decode, block_m, block_n, block_d, 1, 8 if block_m >= 128 else 4, num_stages, ratio)
-    programs = max(tiles.n_blocks(n_tokens, n_rows) * n_kv, 1)
-    splits = min(2 * n_sms // programs, max_context // SPLIT_TOKENS, MAX_SPLITS)
-    splits = 1 << (splits.bit_length() - 1) if splits > 1 else 1  # a power of two: few versions of the merge
-    return Tiles(decode, block_m, block_n, block_d, splits, tiles.num_warps, num_stages, ratio)
+    num_warps = 8 if block_m * block_d >= 128 * 64 and block_m > SMALL_M else 4
+    tiles = Tiles(decode, block_m, block_n, block_d, 1, num_warps, num_stages, ratio)
+    return replace(tiles, splits=_splits(tiles.n_blocks(n_tokens, n_rows) * n_kv, max_context, n_sms))
+
+
+def _splits(n_programs: int, max_context: int, n_sms: int) -> int:
+    """A power of two (few versions of the merge) that gives each multiprocessor two programs, if half would idle."""
+    if 2 * n_programs > n_sms:
+        return 1
+    splits = min(2 * n_sms // max(n_programs, 1), max_context // SPLIT_TOKENS, MAX_SPLITS)
+    return 1 << (splits.bit_length() - 1) if splits > 1 else 1
