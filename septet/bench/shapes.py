@@ -1,0 +1,55 @@
+"""Model shapes for benchmarks with random weights: Llama 3's 1B and 8B, written as checkpoints without weights.
+
+Called by the GPU workloads and tests. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["SHAPES", "write_shape"]
+
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 131072,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+SHAPES: dict[str, dict[str, object]] = {
+    "1b": {**_COMMON, **_1B, "vocab_size": 128256},
+    "1b49k": {**_COMMON, **_1B, "vocab_size": 49152},
+    "8b": {**_COMMON, **_8B, "vocab_size": 128256},
+}
+
+
+def write_shape(name: str, root: Path) -> Path:
+    """Write `root`/`name`/config.json; returns the directory, to be loaded with load_format "dummy"."""
+    directory = root / name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(SHAPES[name]))
+    return directory
