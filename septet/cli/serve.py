@@ -1,0 +1,131 @@
+"""`septet serve MODEL`: the HTTP server of one model.
+
+Takes the address first, then starts the engine, prints what was decided and why, and serves until a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from septet.session.session import Session
+
+__all__ = ["engine_options", "serve"]
+
+_SIZES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class Bytes(click.ParamType):
+    """A number of bytes, with an optional unit: 512M, 4GiB, 1073741824."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().lower().removesuffix("b").removesuffix("i")
+        unit = _SIZES.get(text[-1:], 1)
+        number = text[:-1] if unit > 1 else text
+        try:
+            size = round(float(number) * unit)
+        except (ValueError, OverflowError):
+            size = -1
+        if size < 0:
+            self.fail(f"{value!r} is no number of bytes; write 512M or 4G", param, ctx)
+        return size
+
+
+_ENGINE_OPTIONS = (
+    click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens per request [0: the model's]."),
+    click.option("--max-num-seqs", type=click.IntRange(min=0), default=0, help="Requests per step [0: by arithmetic]."),
+    click.option("--max-num-batched-tokens", type=click.IntRange(min=0), default=0, help="Tokens per step [0: auto]."),
+    click.option("--kv-cache-memory", type=Bytes(), default=0, help="Bytes for the KV pool, as 512M or 4G [0: auto]."),
+    click.option("--gpu-memory-utilization", "memory_utilization", type=float, default=0.9, show_default=True),
+    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--enforce-eager", is_flag=True, help="No captured steps."),
+    click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto"),
+    click.option("--kernels", default="auto", show_default=True, help="auto, reference, triton, native."),
+)
+
+
+def engine_options(command: Any) -> Any:
+    """The engine's flags, the same on every command that starts one."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--served-model-name", multiple=True, help="Name in the API (several: aliases) [the model's].")
+@click.option("--allowed-host", multiple=True, help="Host header to accept besides loopback names.")
+@click.option("--allowed-origin", multiple=True, help="Web origin whose pages may use the server.")
+@click.option(
+    "--shutdown-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Drain seconds."
+)
+@engine_options
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    served_model_name: tuple[str, ...],
+    allowed_host: tuple[str, ...],
+    allowed_origin: tuple[str, ...],
+    shutdown_timeout: float,
+    **options: Any,
+) -> None:
+    """Serve MODEL over HTTP with OpenAI's API."""
+    from septet.serve.app import Settings
+
+    settings = Settings(
+        host=host,
+        port=port,
+        served_names=served_model_name,
+        allowed_hosts=allowed_host,
+        allowed_origins=allowed_origin,
+        drain_s=shutdown_timeout,
+    )
+    sys.exit(asyncio.run(_serve(model, settings, options)))
+
+
+async def _serve(model: str, settings: Any, options: dict[str, Any]) -> int:
+    from septet.cli.run import started
+    from septet.serve.app import Service, bind, serve_forever
+
+    sock = bind(settings.host, settings.port)
+    try:
+        async with started(model, options) as session:
+            print_choices(session)
+            service = Service(session, settings)
+            port = sock.getsockname()[1]
+            shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+
+            def ready() -> None:
+                click.echo(f"serving {', '.join(service.names)} at http://{shown}:{port}/v1 (pid {_pid()})", err=True)
+
+            return await serve_forever(service, sock, ready)
+    finally:
+        sock.close()
+
+
+def _pid() -> int:
+    import os
+
+    return os.getpid()
+
+
+def print_choices(session: Session) -> None:
+    """Every resolved setting with its reason, on standard error."""
+    choices = session.client.info.choices
+    wide = max((len(name) for name, _, _ in choices), default=0)
+    broad = max((len(value) for _, value, _ in choices), default=0)
+    for name, value, reason in choices:
+        click.echo(f"  {name:<{wide}}  {value:<{broad}}  {reason}", err=True)

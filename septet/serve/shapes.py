@@ -1,0 +1,288 @@
+"""OpenAI's answer objects, whole and in chunks, from a session's events.
+
+Used by `openai.py`. One `Shape` per response: chat or text completion; both turn the same events into their own JSON.
+Knows nothing of HTTP, engines or how the events came about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from septet.session.events import Event, Finished, PositionLogprobs, PromptLogprobs, TextDelta, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from septet.serve.calls import Call, CompletionCall
+    from septet.session.session import Prompt
+
+__all__ = ["ChatShape", "CompletionShape", "Shape"]
+
+LOWEST = -9999.0  # JSON has no infinity; the value OpenAI uses
+
+
+@dataclass(slots=True)
+class _Whole:
+    """One choice being gathered for an answer that is not streamed."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+class Shape:
+    """Common to both: numbering of choices (prompt number * n + index), usage, gathering."""
+
+    prefix = ""
+    whole_object = ""
+    chunk_object = ""
+
+    def __init__(self, call: Call, model: str, prompts: list[Prompt], number: str, created: int) -> None:
+        self.call = call
+        self.prompts = prompts
+        self.usages: dict[int, Usage] = {}
+        self._head = {"id": f"{self.prefix}-{number}", "created": created, "model": model}
+        self._prompt_logprobs: dict[int, tuple[PositionLogprobs | None, ...]] = {}
+        self._choices = [_Whole() for _ in range(len(prompts) * call.params.n)]
+
+    # -- whole --------------------------------------------------------------------------------------------------------
+    def add(self, number: int, event: Event) -> None:
+        """Take in the next event of prompt `number`."""
+        choice = self._choices[number * self.call.params.n + event.index]
+        if isinstance(event, TextDelta):
+            choice.text.append(event.text)
+            choice.token_ids.extend(event.token_ids)
+            choice.logprobs.extend(event.logprobs)
+        elif isinstance(event, PromptLogprobs):
+            self._prompt_logprobs[number] = event.positions
+        else:
+            choice.finished = event
+            self._note(number, event)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self.whole_choice(i, choice) for i, choice in enumerate(self._choices)]
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.usage(), **self.extra()}
+
+    def whole_choice(self, index: int, choice: _Whole) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def extra(self) -> dict[str, Any]:
+        """Fields of the whole answer beside OpenAI's."""
+        return {}
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before the first event."""
+        return iter(())
+
+    def chunk(self, number: int, event: Event) -> dict[str, Any] | None:
+        """The chunk of one event, None where it has nothing to tell."""
+        index = number * self.call.params.n + event.index
+        if isinstance(event, PromptLogprobs):
+            self._prompt_logprobs[number] = event.positions
+            return None
+        if isinstance(event, Finished):
+            self._note(number, event)
+            return self._wrap(self.last_choice(index, event))
+        if not event.text and not event.logprobs and not self.call.return_token_ids:
+            return None
+        return self._wrap(self.delta_choice(index, event))
+
+    def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def last_choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage()}
+
+    def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.chunk_object, "choices": [choice]}
+        if self.call.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    # -- usage --------------------------------------------------------------------------------------------------------
+    def _note(self, number: int, finished: Finished) -> None:
+        self.usages[number * self.call.params.n + finished.index] = finished.usage
+
+    def usage(self) -> dict[str, Any]:
+        """Each prompt once (its first choice), every choice's output."""
+        n = self.call.params.n
+        prompt = sum(len(p.tokens) for p in self.prompts)
+        output = 0 if self._drops_output() else sum(u.completion_tokens for u in self.usages.values())
+        cached = sum(u.cached_tokens for i, u in self.usages.items() if i % n == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _drops_output(self) -> bool:
+        return False
+
+    def prompt_logprobs(self, number: int) -> list[dict[str, Any] | None] | None:
+        """vLLM's form: per position, by token id. None unless asked for."""
+        positions = self._prompt_logprobs.get(number)
+        if positions is None or self.call.params.prompt_logprobs is None:
+            return None
+        return [None if p is None else {str(t.token_id): _plain(t) for t in (p.chosen, *p.top)} for p in positions]
+
+
+class ChatShape(Shape):
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, *args: Any, echoed: str = "") -> None:
+        super().__init__(*args)
+        self._echoed = echoed
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for index in range(self.call.params.n):
+            delta = {"role": "assistant", "content": self._echoed}
+            yield self._wrap({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": {"content": delta.text}}
+        choice["logprobs"] = self._logprobs(delta.logprobs)
+        choice["finish_reason"] = None
+        if self.call.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def last_choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        reasons = {"finish_reason": finished.reason, "stop_reason": finished.stop_reason}
+        return {"index": index, "delta": {}, "logprobs": None, **reasons}
+
+    def whole_choice(self, index: int, choice: _Whole) -> dict[str, Any]:
+        content = self._echoed + "".join(choice.text)
+        result = {
+            "index": index,
+            "message": {"role": "assistant", "content": content, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finished and choice.finished.reason,
+            "stop_reason": choice.finished and choice.finished.stop_reason,
+        }
+        return result | ({"token_ids": choice.token_ids} if self.call.return_token_ids else {})
+
+    def extra(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.call.return_token_ids:
+            result["prompt_token_ids"] = self.prompts[0].tokens
+        if self.call.params.prompt_logprobs is not None:
+            result["prompt_logprobs"] = self.prompt_logprobs(0)
+        return result
+
+    def _logprobs(self, positions: Iterable[PositionLogprobs]) -> dict[str, Any] | None:
+        if self.call.params.logprobs is None:
+            return None
+        entries = [_openai(p.chosen) | {"top_logprobs": [_openai(t) for t in p.top]} for p in positions]
+        return {"content": entries, "refusal": None}
+
+
+class CompletionShape(Shape):
+    prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+    call: CompletionCall
+
+    def __init__(self, *args: Any, echoed: list[str], first_texts: list[str]) -> None:
+        super().__init__(*args)
+        self._echoed = echoed  # text of each prompt, where echo was asked for
+        self._first_texts = first_texts  # of each prompt's first token, which has no prediction
+        self._offsets = [0] * len(self._choices)  # characters given so far, per choice
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """The echo, unless its log-probabilities have to come with it (see `delta_choice`)."""
+        if not self._echoed or self.call.params.logprobs is not None:
+            return
+        for index in range(len(self._choices)):
+            yield self._wrap(self._choice(index, self._echoed[index // self.call.params.n], (), None))
+
+    def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        text, positions = self._with_echo(index, delta.text, delta.logprobs)
+        choice = self._choice(index, text, positions, None)
+        return choice | ({"token_ids": delta.token_ids} if self.call.return_token_ids else {})
+
+    def last_choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        return self._choice(index, "", (), finished)
+
+    def whole_choice(self, index: int, choice: _Whole) -> dict[str, Any]:
+        text = "".join(choice.text)
+        positions: tuple[PositionLogprobs | None, ...] = tuple(choice.logprobs)
+        if self.call.only_prompt:
+            text, positions, choice.token_ids = "", (), []
+        if self._echoed:
+            text, positions = self._echo(index, text, positions)
+        result = self._choice(index, text, positions, choice.finished)
+        number = index // self.call.params.n
+        if self.call.return_token_ids:
+            result |= {"token_ids": choice.token_ids, "prompt_token_ids": self.prompts[number].tokens}
+        if self.call.params.prompt_logprobs is not None:
+            result["prompt_logprobs"] = self.prompt_logprobs(number)
+        return result
+
+    def _choice(
+        self, index: int, text: str, positions: tuple[PositionLogprobs | None, ...], finished: Finished | None
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(index, positions),
+            "finish_reason": finished and ("length" if self.call.only_prompt else finished.reason),
+            "stop_reason": finished and finished.stop_reason,
+        }
+
+    def _with_echo(
+        self, index: int, text: str, positions: tuple[PositionLogprobs, ...]
+    ) -> tuple[str, tuple[PositionLogprobs | None, ...]]:
+        """Streaming with echo and logprobs: the first delta of a choice carries the prompt as well."""
+        if self.call.only_prompt:
+            text, positions = "", ()
+        first = self._echoed and self.call.params.logprobs is not None and not self._offsets[index]
+        return self._echo(index, text, positions) if first else (text, positions)
+
+    def _echo(
+        self, index: int, text: str, positions: tuple[PositionLogprobs | None, ...]
+    ) -> tuple[str, tuple[PositionLogprobs | None, ...]]:
+        number = index // self.call.params.n
+        return self._echoed[number] + text, self._prompt_logprobs.get(number, ()) + positions
+
+    def _drops_output(self) -> bool:
+        return self.call.only_prompt
+
+    def _logprobs(self, index: int, positions: tuple[PositionLogprobs | None, ...]) -> dict[str, Any] | None:
+        if self.call.params.logprobs is None:
+            return None
+        tokens: list[str] = []
+        offsets: list[int] = []
+        for position in positions:
+            token = self._first_texts[index // self.call.params.n] if position is None else position.chosen.text
+            tokens.append(token)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if p is None else _finite(p.chosen.logprob) for p in positions],
+            "top_logprobs": [
+                None if p is None else {t.text: _finite(t.logprob) for t in (p.chosen, *p.top)} for p in positions
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)
+
+
+def _openai(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.raw)}
+
+
+def _plain(token: TokenLogprob) -> dict[str, Any]:
+    return {"logprob": _finite(token.logprob), "rank": token.rank, "decoded_token": token.text}

@@ -1,0 +1,223 @@
+"""One generation as text: template, tokens, engine requests, text again. Whoever asks, asks here.
+
+The Python API, the HTTP dialects and the terminal all call `Session`; it owns no engine state and knows neither JSON
+nor the scheduler nor torch. A closed or cancelled stream aborts its engine requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from septet.errors import InvalidRequest
+from septet.request import Request, SamplingParams
+from septet.session.choice import Choice
+from septet.session.merge import merge
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+    from septet.engine.client import EngineClient
+    from septet.engine.messages import EngineInfo
+    from septet.session.events import Event
+    from septet.text.template import ChatTemplate
+    from septet.text.tokenizer import Tokenizer
+
+__all__ = ["Limits", "Prompt", "Session"]
+
+MAX_SALT_CHARS = 256
+LONG_TEXT = 16_384
+"""Characters from which a text is tokenised in a thread, so that it does not hold up everybody else's tokens."""
+SHARE_FROM = 32
+"""Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int
+
+    @classmethod
+    def of(cls, info: EngineInfo) -> Limits:
+        return cls(info.max_model_len, info.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that is checked and ready: at least one token, in the vocabulary, with room for one more."""
+
+    tokens: tuple[int, ...]
+    text: str | None = None  # what was tokenised, if it was text
+
+
+class Session:
+    """Generations over one engine client. Methods raise `InvalidRequest` before anything reaches the engine."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        model_name: str,
+        limits: Limits,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.template = template
+        self.model_name = model_name
+        self.limits = limits
+        self._rng = rng or random.Random(secrets.randbits(64))
+        self._prefix = secrets.token_hex(4)
+        self._numbers = count()
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+    async def prompt(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
+        """Tokenise (or take) a prompt and check that it fits."""
+        if isinstance(prompt, str):
+            return Prompt(self._fitting(await self._encode(prompt, add_special_tokens)), prompt)
+        return Prompt(self._fitting(self._checked_ids(prompt)))
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
+        """Render the model's chat template (`options`: add_generation_prompt, continue_final_message, ...)."""
+        if self.template is None:
+            raise InvalidRequest(
+                f"{self.model_name} has no chat template; use a plain prompt (/v1/completions, LLM.generate)",
+                param="messages",
+            )
+        text = await asyncio.to_thread(self.template.render, list(messages), **options)
+        return Prompt(self._fitting(await self._encode(text, False)), text)
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
+                shown = repr(token)[:40]
+                raise InvalidRequest(
+                    f"prompt holds {shown}, which is no token id of this model (0 .. {self.limits.vocab_size - 1})",
+                    param="prompt",
+                )
+        return ids
+
+    def _fitting(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        limit = self.limits.max_model_len
+        if not tokens:
+            raise InvalidRequest("prompt is empty: it must hold at least one token", param="prompt")
+        if len(tokens) >= limit:
+            raise InvalidRequest(
+                f"prompt is too long: {len(tokens)} tokens, but the maximum context length is {limit} tokens, output "
+                "included; shorten it or start the engine with a larger max_model_len",
+                param="prompt",
+            )
+        return tuple(tokens)
+
+    # -- generations --------------------------------------------------------------------------------------------------
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Events of `params.n` choices of one prompt, in the order in which they happen.
+
+        Each choice ends with one `Finished`; an error of any choice is raised and ends them all. `max_tokens` beyond
+        the context is cut to what fits, and shows as finish reason `length`.
+        """
+        ready = prompt if isinstance(prompt, Prompt) else await self.prompt(prompt)
+        requests = self._requests(ready, params, priority, cache_salt)
+        shared = asyncio.Event()
+        if len(requests) == 1 or len(ready.tokens) < SHARE_FROM:
+            shared.set()
+        async with aclosing(merge([self._choice(i, r, shared) for i, r in enumerate(requests)])) as events:
+            async for event in events:
+                yield event
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        **options: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """`generate` on the rendered conversation."""
+        prompt = await self.chat_prompt(messages, **options)
+        async with aclosing(self.generate(prompt, params, priority=priority, cache_salt=cache_salt)) as events:
+            async for event in events:
+                yield event
+
+    async def close(self) -> None:
+        await self.client.close()
+
+    def _requests(self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str) -> list[Request]:
+        if len(cache_salt) > MAX_SALT_CHARS:
+            raise InvalidRequest(f"cache_salt must have at most {MAX_SALT_CHARS} characters", param="cache_salt")
+        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 2**31:
+            raise InvalidRequest("priority must be a 32-bit integer", param="priority")
+        base = self.resolve(params, len(prompt.tokens))
+        return [
+            Request(
+                id=f"{self._prefix}-{next(self._numbers)}",
+                tokens=prompt.tokens,
+                params=self._of_choice(base, index),
+                eos_token_ids=tuple(self.tokenizer.eos_token_ids),
+                priority=priority,
+                arrival=time.monotonic(),
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+
+    def resolve(self, params: SamplingParams, n_prompt: int) -> SamplingParams:
+        """Fill in what the engine wants settled: max_tokens that fits, a seed, ids in the vocabulary."""
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token in ids:
+                if token >= self.limits.vocab_size:
+                    raise InvalidRequest(
+                        f"{name} holds {token}, but {self.model_name} has {self.limits.vocab_size} tokens", param=name
+                    )
+        room = self.limits.max_model_len - n_prompt
+        if params.min_tokens > room:
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, but only {room} tokens fit after a prompt of {n_prompt} "
+                f"(maximum context length {self.limits.max_model_len})",
+                param="min_tokens",
+            )
+        seed = self._rng.getrandbits(62) if params.seed is None else params.seed
+        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
+
+    @staticmethod
+    def _of_choice(params: SamplingParams, index: int) -> SamplingParams:
+        seed = ((params.seed or 0) + index + 2**63) % 2**64 - 2**63  # wraps in 64 bits
+        return replace(params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if index == 0 else None)
+
+    async def _choice(self, index: int, request: Request, shared: asyncio.Event) -> AsyncGenerator[Event, None]:
+        """One engine request as events. Choice 0 opens `shared` once its prompt is computed; the others wait for it."""
+        choice = Choice(index, self.tokenizer, request.params, len(request.tokens))
+        if index:
+            await shared.wait()
+        try:
+            async with aclosing(self.client.generate(request)) as updates:
+                async for update in updates:
+                    events = choice.feed(update)
+                    if update.tokens:
+                        shared.set()
+                    for event in events:
+                        yield event
+                    if choice.finished:
+                        return
+        finally:
+            shared.set()

@@ -1,0 +1,78 @@
+"""From a model's name to a running session: find the files, start the engine, load tokenizer and template meanwhile.
+
+Called by the Python API, `septet run` and `septet serve`. The engine process loads the weights while this process reads
+the vocabulary, so that neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from septet.config import EngineConfig
+from septet.errors import InvalidRequest
+from septet.session.session import Limits, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from septet.text.template import ChatTemplate
+    from septet.text.tokenizer import Tokenizer
+
+__all__ = ["engine_config", "start_session"]
+
+_ALIASES = {"gpu_memory_utilization": "memory_utilization"}
+
+
+def engine_config(path: str, options: dict[str, Any]) -> EngineConfig:
+    """`EngineConfig` of these options; `InvalidRequest` names an unknown one."""
+    known = {f.name for f in fields(EngineConfig)} - {"model"}
+    named = {_ALIASES.get(name, name): value for name, value in options.items()}
+    unknown = sorted(set(named) - known)
+    if unknown:
+        raise InvalidRequest(
+            f"unknown engine option {unknown[0]!r}; known are {', '.join(sorted(known))}", param=unknown[0]
+        )
+    return EngineConfig(model=path, **named)
+
+
+async def start_session(
+    model: str,
+    *,
+    served_name: str | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    **options: Any,
+) -> Session:
+    """Resolve (and pull, where needed) `model`, start its engine process, return the session over it.
+
+    Raises ModelNotFound, ModelFileError, UnsupportedModel, OfflineError, OutOfMemory or EngineDead, each saying what to
+    do. `on_phase` is told in words what is happening, for a spinner.
+    """
+    from septet.engine.client import ProcessClient
+    from septet.hub.pull import resolve
+
+    on_phase(f"finding {model}")
+    local = await asyncio.to_thread(resolve, model)
+    config = engine_config(str(local.path), options)
+    on_phase(f"loading {local.name}")
+    text = asyncio.create_task(asyncio.to_thread(_load_text, str(local.path)))
+    try:
+        client = await ProcessClient.start(config)
+    except BaseException:
+        text.cancel()
+        raise
+    try:
+        tokenizer, template = await text
+    except BaseException:
+        await client.close()
+        raise
+    return Session(client, tokenizer, template, served_name or local.name, Limits.of(client.info))
+
+
+def _load_text(path: str) -> tuple[Tokenizer, ChatTemplate | None]:
+    from septet.text.template import ChatTemplate
+    from septet.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    return tokenizer, ChatTemplate.of(tokenizer) if tokenizer.chat_template else None
