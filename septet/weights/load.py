@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GGUFSource", "SafetensorsSource", "open_source"]
 
-CHUNK = 1 << 22  # weights made dense at once: 16 MiB in float32, and a few temporaries of that size
+CHUNK = 1 << 20  # weights made dense at once: temporaries of 4 MiB, which the allocator reuses without new pages
 INTERLEAVED = ("llama", "mistral")  # GGUF stores their q and k for rotation of neighbours (2i, 2i + 1)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
 
