@@ -25,7 +25,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 def from_checkpoint(directory: Path) -> Vocabulary:
-    """Build the vocabulary. ModelFileError: a file is missing or damaged; UnsupportedModel: another kind of tokenizer."""
+    """Build the vocabulary. ModelFileError: a file is missing or damaged. UnsupportedModel: another kind."""
     backend, description = _backend(directory)
     config = _json(directory, "tokenizer_config.json")
     model = _json(directory, "config.json")
@@ -35,10 +35,10 @@ def from_checkpoint(directory: Path) -> Vocabulary:
     byte_level, strip_space = _spelling(description)
     bos, eos = (_id(backend, texts.get(role)) for role in ("bos_token", "eos_token"))
     prefix, suffix = _framing(backend, config, bos, eos)
-    ends = _ends(directory, model, eos, bos_size := _size(backend, added))
+    ends = _ends(directory, model, eos)
     return Vocabulary(
         backend=backend,
-        size=bos_size,
+        size=_size(backend, added),
         byte_level=byte_level,
         special=frozenset(special | {i for i in (bos, *ends) if i is not None and i in added}),
         verbatim=frozenset(added),
@@ -155,7 +155,7 @@ def _first(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _ends(directory: Path, model: dict[str, Any], eos: int | None, size: int) -> tuple[int, ...]:
+def _ends(directory: Path, model: dict[str, Any], eos: int | None) -> tuple[int, ...]:
     """Ids that end a generation: generation_config.json's, else config.json's; the tokenizer's eos always."""
     stated = _json(directory, "generation_config.json").get("eos_token_id")
     if stated is None:

@@ -1,7 +1,7 @@
 """A tokenizer out of a GGUF file's metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama") vocabularies.
 
-Called by `tokenizer.load_tokenizer`. The metadata comes from `hub.gguf`, bounded but not yet believed: every type, length
-and id is checked here. Field names and defaults as docs/gguf.md of ggml and llama.cpp's reading of it.
+Called by `tokenizer.load_tokenizer`. The metadata comes from `hub.gguf`, bounded but not yet believed: every type,
+length and id is checked here. Field names and defaults as docs/gguf.md of ggml and llama.cpp's reading of it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ _PREFIX = "tokenizer.ggml."
 # that are ordinary text in some family, like Gemma's </s>, and without fill-in-the-middle markers.)
 _END_TEXTS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "[EOT]")
-    + ("<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>")
-)
+) | {"<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>"}
 
 
 def from_gguf(metadata: Mapping[str, Any], cache: Path | None = None) -> Vocabulary:

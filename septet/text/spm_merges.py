@@ -14,13 +14,13 @@ import os
 import sys
 import tempfile
 from array import array
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.errors import ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from pathlib import Path
 
 __all__ = ["cached_merges", "derive_merges"]
 

@@ -1,8 +1,8 @@
 """Text to token ids and back, for one model: `load_tokenizer(path) -> Tokenizer`.
 
 Called by the session and the command line, never by the engine. Stands on the `tokenizers` library (imported when a
-tokenizer is loaded), not on transformers. Decoding is ours: the bytes of each id, joined, read as UTF-8, so that the whole
-and its pieces always agree (`detokenize`).
+tokenizer is loaded), not on transformers. Decoding is ours: the bytes of each id, joined, read as UTF-8, so that the
+whole and its pieces always agree (`detokenize`).
 """
 
 from __future__ import annotations
@@ -68,13 +68,12 @@ class Tokenizer:
         """
         self._check_length(len(text), max_tokens)
         try:
-            ids = self._encode_chat(text) if parse_special and getattr(text, "literal", ()) else None
-            if ids is None:
+            if parse_special and isinstance(text, ChatPrompt) and text.literal:
+                ids = self._encode_chat(text)
+            else:
                 ids = self._encode(str(text), parse_special)
         except (UnicodeEncodeError, TypeError):
-            raise InvalidRequest(
-                "the prompt is not valid Unicode text: it has a lone surrogate", param="prompt"
-            ) from None
+            raise InvalidRequest("the prompt has a lone surrogate: it is not Unicode text", param="prompt") from None
         if add_special_tokens:
             ids = [*self._vocabulary.prefix, *ids, *self._vocabulary.suffix]
         if max_tokens is not None and len(ids) > max_tokens:
@@ -86,31 +85,31 @@ class Tokenizer:
             self._backend.encode_special_tokens = not parse_special
             return self._backend.encode(text, add_special_tokens=False).ids
 
-    def _encode_chat(self, prompt: str) -> list[int]:
+    def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
         """Special tokens that overlap a literal range are undone: their stretch is encoded again as text.
 
         A stretch reaches from one genuine special token to the next, so each is encoded exactly as if the forged
         marker had been ordinary text from the start.
         """
-        literal: tuple[tuple[int, int], ...] = prompt.literal  # type: ignore[attr-defined]
         with self._lock:
             self._backend.encode_special_tokens = False
             encoding = self._backend.encode(str(prompt), add_special_tokens=False)
         ids: list[int] = []
         stretch: list[int] = []
-        begin, forged = 0, False
-        for token, (start, end) in zip(
-            [*encoding.ids, -1], [*encoding.offsets, (len(prompt), len(prompt))], strict=True
-        ):
-            special = token in self.special_ids or token < 0
-            if special and any(start < high and end > low for low, high in literal):
-                forged = True
-            elif special:
-                ids += self._encode(prompt[begin:start], False) if forged else stretch
-                ids += [token] if token >= 0 else []
-                stretch, begin, forged = [], end, False
+        begin, seen, forged = 0, 0, False
+        close = (-1, (len(prompt), len(prompt)))  # ends the last stretch
+        for token, (start, end) in [*zip(encoding.ids, encoding.offsets, strict=True), close]:
+            if token >= 0 and token not in self.special_ids:
+                stretch.append(token)
                 continue
-            stretch.append(token)
+            while seen < len(prompt.literal) and prompt.literal[seen][1] <= start:
+                seen += 1
+            if seen < len(prompt.literal) and prompt.literal[seen][0] < end:
+                forged = True
+                continue
+            ids += self._encode(prompt[begin:start], False) if forged else stretch
+            ids += [token] if token >= 0 else []
+            stretch, begin, forged = [], end, False
         return ids
 
     def _check_length(self, n_characters: int, max_tokens: int | None) -> None:
