@@ -138,12 +138,11 @@ class EngineLoop:
 
     # -- hearing ------------------------------------------------------------------------------------------------------
     def _hear(self) -> None:
-        """Take in what has arrived. With nothing to compute, wait: a moment, then housekeeping, then for ever."""
-        messages = self.inbox.receive(self.rest_after_s if self.idle else 0.0)
-        if self.idle and not messages:
-            if self.steps_since_rest:
-                self._rest()
-            messages = self.inbox.receive(None)
+        """Take in what has arrived. With nothing to compute: wait a moment, do the housekeeping, then wait for ever."""
+        patience = 0.0 if not self.idle else self.rest_after_s if self.steps_since_rest else None
+        messages = self.inbox.receive(patience)
+        if self.idle and not messages and self.steps_since_rest:
+            self._rest()
         for message in messages:
             match message:
                 case Submit(requests):
