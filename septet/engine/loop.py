@@ -32,6 +32,7 @@ __all__ = ["EngineLoop", "Inbox", "Outbox"]
 
 MAX_FAILURES = 16  # steps failing in a row before the engine gives up: the device is broken, not a request
 REST_AFTER_S = 0.2  # idle time before housekeeping, so that it does not meet the next request of a conversation
+REST_SHARE = 0.01  # of the time, at most, goes into housekeeping: an audit of a large pool takes a while
 GC_STEPS = 4096  # steps without rest after which the youngest garbage is collected all the same
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class EngineLoop:
         self.failures = 0  # failed steps in a row
         self.audit_failures = 0
         self.steps_since_rest = 0
+        self.next_rest = 0.0  # monotonic time before which there is no housekeeping
         self.clock = HostClock()
 
     def run(self) -> int:
@@ -139,9 +141,10 @@ class EngineLoop:
     # -- hearing ------------------------------------------------------------------------------------------------------
     def _hear(self) -> None:
         """Take in what has arrived. With nothing to compute: wait a moment, do the housekeeping, then wait for ever."""
-        patience = 0.0 if not self.idle else self.rest_after_s if self.steps_since_rest else None
+        rest_is_due = self.steps_since_rest > 0 and time.monotonic() >= self.next_rest
+        patience = 0.0 if not self.idle else self.rest_after_s if rest_is_due else None
         messages = self.inbox.receive(patience)
-        if self.idle and not messages and self.steps_since_rest:
+        if self.idle and rest_is_due and not messages:
             self._rest()
         for message in messages:
             match message:
@@ -216,6 +219,7 @@ class EngineLoop:
     # -- rest and end -------------------------------------------------------------------------------------------------
     def _rest(self) -> None:
         """Housekeeping while nobody waits: is every KV slot accounted for, and the garbage."""
+        began = time.monotonic()
         self.steps_since_rest = 0
         try:
             self.scheduler.audit()
@@ -226,6 +230,8 @@ class EngineLoop:
                 raise
         if self.owns_gc:
             gc.collect()
+        now = time.monotonic()
+        self.next_rest = now + (now - began) / REST_SHARE
 
     def _shut_down(self) -> None:
         """Abort everything, answer every request, let the steps in flight come to their end."""

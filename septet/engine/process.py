@@ -126,15 +126,17 @@ def build_engine(config: EngineConfig) -> Engine:
         from septet.engine.build import build_executor
 
         executor, info = build_executor(config)
-    limits = SchedulerLimits(
-        max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=info.max_num_batched_tokens,
-        max_model_len=info.max_model_len,
-        max_waiting=config.max_waiting,
-        vocab_size=info.vocab_size,
-    )
-    cache = KVCache(info.num_kv_slots, enable_prefix=config.enable_prefix_caching)
-    return Engine(Scheduler(limits, cache), executor, replace(info, pid=os.getpid()))
+    try:
+        limits = SchedulerLimits(
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            max_waiting=config.max_waiting,
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    cache = KVCache(info.num_kv_slots + 1, enable_prefix=config.enable_prefix_caching)  # and the padding slot
+    return Engine(Scheduler(limits, cache, info.vocab_size), executor, replace(info, pid=os.getpid()))
 
 
 def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
