@@ -113,8 +113,8 @@ class Tokenizer:
         return ids
 
     def _check_length(self, n_characters: int, max_tokens: int | None) -> None:
-        """Refuse text that can't fit, before the work of tokenising it."""
-        if max_tokens is not None and n_characters > max_tokens * self._longest:
+        """Refuse text that can't fit, before the work of tokenising it (a normaliser may join up to 4 characters)."""
+        if max_tokens is not None and n_characters > 4 * max_tokens * self._longest:
             raise InvalidRequest(
                 f"the prompt has {n_characters} characters, more than {max_tokens} tokens can hold", param="prompt"
             )
