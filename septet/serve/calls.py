@@ -104,8 +104,12 @@ def parse_chat(body: dict[str, Any]) -> ChatCall:
         raise InvalidRequest(
             "add_special_tokens is not supported for chat: the template writes them", param="add_special_tokens"
         )
+    try:
+        params = _params(fields, own)
+    except InvalidRequest as error:
+        raise _in_chats_words(error, fields) from None
     return ChatCall(
-        **_shared(fields, _params(fields, own)),
+        **_shared(fields, params),
         echo=fields.boolean("echo", False),
         messages=messages,
         template_options=options,
@@ -160,6 +164,15 @@ def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
         if not (key.isascii() and key.isdigit() and len(key) < 12):
             raise InvalidRequest(f"logit_bias has the key {key[:40]!r}, which is no token id", param="logit_bias")
     return {int(key): value for key, value in bias.items()}
+
+
+def _in_chats_words(error: InvalidRequest, fields: Fields) -> InvalidRequest:
+    """Chat has other names for two sampling parameters: an error speaks of the field that was given."""
+    names = {"max_tokens": "max_completion_tokens", "logprobs": "top_logprobs"}
+    name = names.get(error.param or "")
+    if name is None or error.param is None or not fields.given(name):
+        return error
+    return InvalidRequest(error.message.replace(error.param, name), param=name)
 
 
 def _chat_max_tokens(fields: Fields) -> int | None:

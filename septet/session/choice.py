@@ -42,7 +42,7 @@ def error_of(update: Update) -> SeptetError:
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float, rank: int) -> TokenLogprob:
-    raw = tokenizer.token_bytes(token)
+    raw = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""  # rows that pad an embedding
     return TokenLogprob(token, raw.decode("utf-8", "replace"), raw, logprob, rank)
 
 

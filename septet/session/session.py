@@ -34,6 +34,8 @@ __all__ = ["Limits", "Prompt", "Session"]
 MAX_SALT_CHARS = 256
 LONG_TEXT = 16_384
 """Characters from which a text is tokenised in a thread, so that it does not hold up everybody else's tokens."""
+SANE_CHARS_PER_TOKEN = 4
+"""Up to this many characters per token of the context a text is tokenised first, so that the error has its length."""
 SHARE_FROM = 32
 """Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
 
@@ -76,12 +78,13 @@ class Session:
         self._rng = rng or random.Random(secrets.randbits(64))
         self._prefix = secrets.token_hex(4)
         self._numbers = count()
+        self._long_texts = 0  # being tokenised in threads; the tokenizer is theirs meanwhile
 
     # -- prompts ------------------------------------------------------------------------------------------------------
     async def prompt(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
         """Tokenise (or take) a prompt and check that it fits."""
         if isinstance(prompt, str):
-            return Prompt(self._fitting(await self._encode(prompt, add_special_tokens)), prompt)
+            return Prompt(self._fitting(await self._encode(prompt, add_special_tokens)), str(prompt))
         return Prompt(self._fitting(self._checked_ids(prompt)))
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
@@ -92,12 +95,29 @@ class Session:
                 param="messages",
             )
         text = await asyncio.to_thread(self.template.render, list(messages), **options)
-        return Prompt(self._fitting(await self._encode(text, False)), text)
+        return Prompt(self._fitting(await self._encode(text, False)), str(text))
 
     async def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
-        if len(text) < LONG_TEXT:
+        if len(text) < LONG_TEXT and not self._long_texts:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        self._long_texts += 1
+        try:
+            return await asyncio.to_thread(self._encode_long, text, add_special_tokens)
+        finally:
+            self._long_texts -= 1
+
+    def _encode_long(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+        """Refuses a hopeless length before the work."""
+        limit = self.limits.max_model_len
+        if len(text) <= SANE_CHARS_PER_TOKEN * limit:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=limit - 1)
+        except InvalidRequest as error:
+            raise InvalidRequest(
+                f"prompt is too long: {error.message} (maximum context length {limit} tokens, output included)",
+                param="prompt",
+            ) from None
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         for token in ids:

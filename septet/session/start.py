@@ -53,7 +53,7 @@ async def start_session(
     from septet.hub.pull import resolve
 
     on_phase(f"finding {model}")
-    local = await asyncio.to_thread(resolve, model)
+    local = await asyncio.to_thread(resolve, model, progress=_fetching(on_phase))
     config = engine_config(str(local.path), options)
     on_phase(f"loading {local.name}")
     text = asyncio.create_task(asyncio.to_thread(_load_text, str(local.path)))
@@ -67,7 +67,19 @@ async def start_session(
     except BaseException:
         await client.close()
         raise
-    return Session(client, tokenizer, template, served_name or local.name, Limits.of(client.info))
+    limits = Limits(client.info.max_model_len, min(client.info.vocab_size, tokenizer.vocab_size))
+    return Session(client, tokenizer, template, served_name or local.name, limits)
+
+
+def _fetching(on_phase: Callable[[str], None]) -> Callable[[int, int, str], None]:
+    """A hub's progress in words, with a bar."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        share = min(done / total, 1.0) if total > 0 else 0.0
+        bar = "#" * round(24 * share)
+        on_phase(f"fetching {what} [{bar:<24}] {100 * share:.0f} % of {total / 1e6:.0f} MB")
+
+    return progress
 
 
 def _load_text(path: str) -> tuple[Tokenizer, ChatTemplate | None]:
