@@ -33,9 +33,12 @@ class Join:
     eos_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlanRow:
-    """Compute `n` tokens of `row` at positions start .. start + n - 1, writing their KV into `slots`."""
+    """Compute `n` tokens of `row` at positions start .. start + n - 1, writing their KV into `slots`.
+
+    Read-only by convention: one is made per row and step, and a frozen dataclass costs six times as much to make.
+    """
 
     request: str
     row: int
@@ -69,9 +72,12 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowResult:
-    """What one plan row produced. `error` ends that request alone (a NaN row, say); its tokens are then empty."""
+    """What one plan row produced. `error` ends that request alone (a NaN row, say); its tokens are then empty.
+
+    Read-only by convention, as `PlanRow`.
+    """
 
     request: str
     tokens: tuple[int, ...] = ()  # (n_sample,) sampled ids

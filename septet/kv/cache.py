@@ -29,7 +29,7 @@ class PrefixIndex(Protocol):
     n_slots: int  # held
     n_locked: int  # of these, locked: the rest can be evicted
 
-    def match_length(self, tokens: array[int], salt: str) -> int: ...
+    def match(self, tokens: array[int], salt: str) -> tuple[int, int]: ...
 
     def find(self, tokens: array[int], salt: str) -> tuple[Any, list[int]]: ...
 
@@ -65,7 +65,7 @@ class KVCache:
         self.capacity = n_slots - 1
         self.enable_prefix = enable_prefix
         self.granted = 0  # sum of len(lease.slots) over open leases: a shared slot counts once for each
-        self.version = 0  # changes whenever `match_length` may have changed
+        self.version = 0  # changes whenever an answer of `probe` may have changed
         self._index: PrefixIndex = RadixTree() if index is None else index
         self._free = list(range(n_slots - 1, 0, -1))  # a stack, lowest slot on top: fresh grants are ascending runs
         self._leases: dict[int, Lease] = {}  # by id(lease)
@@ -92,11 +92,11 @@ class KVCache:
         return self.capacity - self.available
 
     # -- leases -------------------------------------------------------------------------------------------------------
-    def match_length(self, tokens: array[int], salt: str = "") -> int:
-        """What `n_cached` would be if `tokens` were opened now. Changes nothing."""
+    def probe(self, tokens: array[int], salt: str = "") -> tuple[int, int]:
+        """What `n_cached` would be if `tokens` were opened now, and how many of these slots are leased. No change."""
         if not self.enable_prefix:
-            return 0
-        return self._index.match_length(tokens[:-1], salt)
+            return 0, 0
+        return self._index.match(tokens[:-1], salt)
 
     def open(self, tokens: array[int], salt: str = "", reuse: bool = True) -> Lease:
         """A lease on the longest cached prefix of `tokens`, the last token left out so that one is always computed.
@@ -108,6 +108,7 @@ class KVCache:
         handle, slots = self._index.find(known, salt)
         lease = Lease(slots, len(slots), len(slots), handle)
         self.granted += len(slots)
+        self.version += 1
         self._leases[id(lease)] = lease
         return lease
 
@@ -159,6 +160,7 @@ class KVCache:
         if self._leases.pop(id(lease), None) is None:
             raise ValueError("this lease is closed already, or of another cache")
         self.granted -= len(lease.slots)
+        self.version += 1
         self._give_back(lease.slots[lease.n_committed :])
         self._give_back(lease.duplicates)
         self._index.unlock(lease.handle)

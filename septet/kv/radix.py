@@ -74,17 +74,18 @@ class RadixTree:
         self._pushes = 0
 
     # -- looking up ---------------------------------------------------------------------------------------------------
-    def match_length(self, tokens: array[int], salt: str) -> int:
-        """How many leading tokens the tree holds. Changes nothing."""
-        node, at = self._roots.get(salt), 0
+    def match(self, tokens: array[int], salt: str) -> tuple[int, int]:
+        """How many leading tokens the tree holds, and how many of these some lease locks. Changes nothing."""
+        node, at, locked = self._roots.get(salt), 0, 0
         while node is not None and at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
                 break
             same = common_length(child.tokens, tokens, at)
             at += same
+            locked = at if child.locks else locked
             node = child if same == len(child.tokens) else None
-        return at
+        return at, locked
 
     def find(self, tokens: array[int], salt: str) -> tuple[Node, list[int]]:
         """The handle of the longest held prefix of `tokens`, locked, and its slots. The caller unlocks it."""

@@ -1,0 +1,412 @@
+"""Which tokens are computed in each step: requests in token ids go in, plans come out, results become updates.
+
+Owns the waiting and running sequences, their rows and leases, and the plans in flight; called by `engine/loop.py`, in
+one thread. Pure Python: it must not know torch, text, sockets or how a plan is computed. Time is nowhere in it.
+
+One rule for all phases: a sequence has `planned` and `length`, and wants the tokens between. Decoding rows come first,
+prefill chunks fill the rest of the token budget. How a result finds its request: by id, in the order of plans. A
+preempted sequence is not admitted again while a plan that names it is in flight, so no id ever has results of two lives
+under way; what arrives for an ended request (overshoot past a stop id, an abort) is dropped. Its slots and row were
+given back at once, which is safe because plans run in order on the device.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from septet.engine.admission import SchedulerLimits, check_tokens, output_limit, stop_ids
+from septet.engine.messages import EngineStats, Update
+from septet.engine.policy import OrderedSequences, OutputEstimate, choose_victim
+from septet.engine.sequence import Sequence
+from septet.engine.sharing import Prefills
+from septet.engine.tally import Tally
+from septet.errors import InvalidRequest, Overloaded, SeptetError
+from septet.request import FinishReason, Request
+from septet.step import Join, PlanRow, RowResult, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from septet.kv.cache import KVCache
+
+__all__ = ["Scheduler", "SchedulerLimits"]
+
+MAX_PASSED_OVER = 32  # waiting sequences that later ones may overtake in one plan (they wait for a shared prefix)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan being made. `sequences[i]` is the one of `rows[i]`."""
+
+    step: int
+    budget: int  # tokens left
+    joins: list[Join] = field(default_factory=list)
+    rows: list[PlanRow] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """`submit`, `abort`; `plan`, then `commit` or `fail` once for each plan, oldest first.
+
+    Every submitted request gets exactly one update with a finish reason.
+    """
+
+    def __init__(
+        self, limits: SchedulerLimits, cache: KVCache, vocab_size: int, estimate: OutputEstimate | None = None
+    ) -> None:
+        self.limits = limits
+        self.cache = cache
+        self.vocab_size = vocab_size
+        self.estimate = estimate or OutputEstimate()
+        self._live: dict[str, Sequence] = {}
+        self._waiting = OrderedSequences()
+        self._running = OrderedSequences()
+        self._prefills = Prefills()
+        self._free_rows = list(range(limits.max_num_seqs))  # a heap: low rows first, so that rows in use stay dense
+        self._in_flight: deque[Draft] = deque()
+        self._tally = Tally()
+        self._step = 0
+        self._number = 0
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> None:
+        """Queue a request. InvalidRequest: this engine can't run it. Overloaded: max_waiting are queued already."""
+        if request.id in self._live:
+            raise InvalidRequest(f"a request with id {request.id!r} is under way", param="id")
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting already: try again later")
+        tokens = check_tokens(request, self.limits, self.vocab_size, self.cache.capacity)
+        self._number += 1
+        seq = Sequence(
+            request,
+            tokens,
+            n_prompt=len(tokens),
+            limit=output_limit(request, self.limits, self.cache.capacity),
+            order=(request.priority, request.arrival, self._number),
+            stops=stop_ids(request),
+            length=len(tokens),
+            wants_prompt_logprobs=request.params.prompt_logprobs is not None and len(tokens) > 1,
+        )
+        self._live[request.id] = seq
+        self._waiting.add(seq)
+
+    def abort(self, id: str) -> list[Update]:
+        """End a request wherever it is: its final update, or nothing for an id that is unknown or finished."""
+        seq = self._live.get(id)
+        return [] if seq is None else [self._end(seq, FinishReason.ABORT)]
+
+    def abort_all(self) -> list[Update]:
+        return [self._end(seq, FinishReason.ABORT) for seq in list(self._live.values())]
+
+    # -- planning -----------------------------------------------------------------------------------------------------
+    def plan(self) -> StepPlan | None:
+        """The next step, or None: nothing to compute, or nothing that can be before a plan in flight is committed."""
+        self._make_way()
+        while True:
+            draft = Draft(self._step, self.limits.max_num_batched_tokens)
+            prefills = self._plan_decodes(draft)
+            n_decodes = len(draft.rows)
+            prefills += self._admit(draft.budget - sum(seq.wanted for seq in prefills))
+            self._plan_prefills(draft, prefills)
+            if draft.rows:
+                return self._send(draft, n_decodes)
+            if self._in_flight or not self._running:
+                return None
+            # All rows want slots, none is left and nothing in flight will free one: somebody must give way.
+            self._preempt(choose_victim(self._running, draft.step))
+
+    def _plan_decodes(self, draft: Draft) -> list[Sequence]:
+        """Rows of all sequences that want one token, best first; the last in order give way when slots run out.
+
+        Returns the sequences that want more than one token.
+        """
+        prefills = []
+        for seq in list(self._running):
+            wanted = seq.length - seq.planned
+            if seq.length >= seq.limit or seq.lease is None:  # its last token is in flight, or it just gave way
+                continue
+            if wanted > 1:
+                prefills.append(seq)
+                continue
+            slots = self.cache.grow(seq.lease, 1)
+            while slots is None:
+                victim = choose_victim(
+                    self._running, draft.step
+                )  # never one that is in the draft: those come before `seq`
+                self._preempt(victim)
+                if victim is seq:
+                    break
+                slots = self.cache.grow(seq.lease, 1)
+            if slots is not None:
+                self._add(draft, seq, 1, slots)
+        return [seq for seq in prefills if seq.lease is not None]
+
+    def _plan_prefills(self, draft: Draft, prefills: list[Sequence]) -> None:
+        """Chunks of the sequences that want several tokens, best first, as far as budget and slots go."""
+        prefills.sort(key=lambda seq: seq.order)
+        for seq in prefills:
+            n = min(seq.wanted, draft.budget, self.cache.available)
+            if n == 0:
+                return
+            assert seq.lease is not None
+            slots = self.cache.grow(seq.lease, n)
+            assert slots is not None, "the cache grants what it says is available"
+            self._add(draft, seq, n, slots)
+
+    def _add(self, draft: Draft, seq: Sequence, n: int, slots: tuple[int, ...]) -> None:
+        """Plan the next `n` tokens of `seq`. If they are its last, one more will exist: sampled, its value unknown."""
+        request, start = seq.request, seq.planned
+        if not seq.joined:
+            draft.joins.append(_join(seq))
+            seq.joined = True
+        seq.planned = start + n
+        n_sample = 1 if seq.planned == seq.length else 0
+        seq.length += n_sample
+        seq.in_flight += 1
+        seq.last_step = draft.step
+        with_prompt = seq.wants_prompt_logprobs and start < seq.n_prompt - 1
+        draft.rows.append(PlanRow(request.id, seq.row, start, n, slots, n_sample, with_prompt))
+        draft.sequences.append(seq)
+        draft.budget -= n
+
+    def _send(self, draft: Draft, n_decodes: int) -> StepPlan:
+        self._step += 1
+        self._in_flight.append(draft)
+        n_tokens = self.limits.max_num_batched_tokens - draft.budget
+        self._tally.step(len(draft.rows), n_tokens, n_tokens - n_decodes, self._unused(), self.cache.leased)
+        return StepPlan(draft.step, tuple(draft.joins), tuple(draft.rows))
+
+    # -- admission ----------------------------------------------------------------------------------------------------
+    def _admit(self, budget: int) -> list[Sequence]:
+        """Start waiting sequences, best first, while rows, expected slots and the step's tokens last."""
+        admitted: list[Sequence] = []
+        if not self._waiting or not self._free_rows:
+            return admitted
+        expected = self.estimate.slots_of(self._running)
+        index = 0
+        while self._free_rows and index < min(len(self._waiting), MAX_PASSED_OVER):
+            seq = self._waiting[index]
+            urgent = bool(self._running) and seq.priority < self._running[-1].priority
+            if seq.in_flight or (budget <= 0 and not urgent):
+                break
+            if self._should_follow(seq):
+                index += 1
+                continue
+            if self._running and self._shortfall(seq, expected) > 0:
+                break
+            self._start(seq)
+            admitted.append(seq)
+            expected += self.estimate.slots(seq)
+            budget -= seq.wanted
+        return admitted
+
+    def _make_way(self) -> None:
+        """Let the first waiting sequence have the rows and slots of running ones of strictly lower priority."""
+        if not self._waiting or not self._running:
+            return
+        seq = self._waiting[0]
+        if self._running[-1].priority <= seq.priority or seq.in_flight or self._should_follow(seq):
+            return
+        while self._running and self._running[-1].priority > seq.priority:
+            short = self._shortfall(seq, self.estimate.slots_of(self._running))
+            if self._free_rows and short <= 0:
+                return
+            lower = [other for other in self._running if other.priority > seq.priority]
+            if short > sum(len(other.lease.slots) + self.estimate.slots(other) for other in lower if other.lease):
+                return  # even all of them would not make room
+            self._preempt(self._running[-1])
+
+    def _should_follow(self, seq: Sequence) -> bool:
+        """Is a long prefix of it being computed by a running sequence, so that waiting for it saves work?"""
+        if seq.wants_prompt_logprobs or not self.cache.enable_prefix:
+            return False
+        return self._prefills.worth_waiting(seq, self._probe(seq)[0])
+
+    def _shortfall(self, seq: Sequence, expected: int) -> int:
+        """Slots that would be missing if `seq` ran beside the running ones, which are `expected` to want so many more.
+
+        A cached prefix that nobody else locks counts as wanted: it is among the available slots now.
+        """
+        _, locked = self._probe(seq)
+        return len(seq.tokens) - locked + self.estimate.output(seq) + expected - self.cache.available
+
+    def _probe(self, seq: Sequence) -> tuple[int, int]:
+        """(held, locked) tokens of its cached prefix, looked up again only after the cache has changed."""
+        if seq.wants_prompt_logprobs:
+            return 0, 0
+        version, held, locked = seq.probe
+        if version != self.cache.version:
+            held, locked = self.cache.probe(seq.tokens, seq.request.cache_salt)
+            seq.probe = (self.cache.version, held, locked)
+        return held, locked
+
+    def _start(self, seq: Sequence) -> None:
+        """Waiting -> running: a row and a lease on its longest cached prefix."""
+        self._waiting.discard(seq)
+        reuse = not seq.wants_prompt_logprobs  # those need every position computed
+        seq.lease = self.cache.open(seq.tokens, seq.request.cache_salt, reuse)
+        seq.row = heapq.heappop(self._free_rows)
+        seq.joined = False
+        seq.length = seq.n_known = len(seq.tokens)
+        seq.planned = seq.computed = seq.lease.n_cached
+        self._running.add(seq)
+        self._prefills.add(seq)
+        if seq.cached_tokens is None:
+            seq.cached_tokens = seq.lease.n_cached
+            self._tally.prompt_tokens += seq.n_prompt
+            self._tally.cached_tokens += seq.lease.n_cached
+
+    # -- leaving ------------------------------------------------------------------------------------------------------
+    def _preempt(self, seq: Sequence) -> None:
+        """Running -> waiting, output kept. One whose last token is in flight just waits for that, without a lease."""
+        self._release(seq)
+        if not seq.ending:
+            self._waiting.add(seq)
+            self._tally.preemptions += 1
+            self.estimate.preempted()
+
+    def _release(self, seq: Sequence, *, sound: bool = True) -> None:
+        """Give back row and lease. What is computed stays cached, so resumption often is a prefix hit."""
+        lease = seq.lease
+        assert lease is not None
+        if sound:
+            self.cache.commit(lease, seq.tokens[lease.n_committed : seq.computed])
+        self.cache.close(lease)
+        heapq.heappush(self._free_rows, seq.row)
+        seq.lease, seq.row = None, -1
+        self._running.discard(seq)
+        self._prefills.discard(seq)
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Update:
+        """The final update of a request: it holds nothing any more, and what is in flight for it will be dropped."""
+        if seq.lease is not None:
+            self._release(seq, sound=reason is not FinishReason.ERROR)
+        self._waiting.discard(seq)
+        del self._live[seq.request.id]
+        seq.ended = True
+        self._tally.finished[reason.value] += 1
+        if error is None:
+            return Update(seq.request.id, finish_reason=reason, cached_tokens=self._first_answer(seq))
+        shown = str(error) if isinstance(error, SeptetError) else f"the step failed: {type(error).__name__}"
+        kind = error.kind if isinstance(error, SeptetError) else SeptetError.kind
+        return Update(seq.request.id, finish_reason=reason, error=shown, error_kind=kind)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+    def commit(self, result: StepResult) -> list[Update]:
+        """The oldest plan in flight is computed: append tokens, stop, share prefixes. ValueError for another step."""
+        draft = self._take(result.step)
+        results = {row.request: row for row in result.rows}
+        updates = []
+        for row, seq in zip(draft.rows, draft.sequences, strict=True):
+            seq.in_flight -= 1
+            if seq.ended:
+                continue
+            got = results.get(row.request)
+            fault = _fault(row, got, self.vocab_size)
+            if fault is not None:
+                updates.append(self._end(seq, FinishReason.ERROR, SeptetError(fault)))
+                continue
+            self._computed(seq, row)
+            if got is not None and (row.n_sample or row.prompt_logprobs):
+                updates.append(self._answer(seq, row, got))
+        return updates
+
+    def fail(self, plan: StepPlan, error: Exception) -> list[Update]:
+        """The oldest plan in flight raised: its requests end with the error. ValueError for another step."""
+        draft = self._take(plan.step)
+        for seq in draft.sequences:
+            seq.in_flight -= 1
+        return [self._end(seq, FinishReason.ERROR, error) for seq in draft.sequences if not seq.ended]
+
+    def _take(self, step: int) -> Draft:
+        if not self._in_flight or self._in_flight[0].step != step:
+            expected = self._in_flight[0].step if self._in_flight else "none"
+            raise ValueError(f"result of step {step}, but the oldest step in flight is {expected}")
+        return self._in_flight.popleft()
+
+    def _computed(self, seq: Sequence, row: PlanRow) -> None:
+        """Note what a row has computed, unless its sequence has been preempted since; share prefill at once.
+
+        Decoded tokens are handed to the cache when the sequence leaves, which costs a step nothing.
+        """
+        if seq.lease is None:
+            return
+        seq.computed = row.start + row.n
+        if row.start < seq.n_known:
+            self.cache.commit(seq.lease, seq.tokens[row.start : seq.computed])
+            if seq.computed >= seq.n_known:
+                self._prefills.discard(seq)
+
+    def _answer(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update:
+        """The update of one row: its token, if it samples, and whether that ends the request."""
+        prompt_logprobs = got.prompt_logprobs
+        if row.prompt_logprobs:
+            prompt_logprobs = prompt_logprobs[max(0, seq.n_prompt_logprobs - row.start) :]  # delivered before, if
+            seq.n_prompt_logprobs += len(prompt_logprobs)
+            seq.wants_prompt_logprobs = seq.n_prompt_logprobs < seq.n_prompt - 1
+        reason = stop_token = None
+        if row.n_sample:
+            token = got.tokens[0]
+            seq.tokens.append(token)
+            self._tally.generated_tokens += 1
+            n_output = len(seq.tokens) - seq.n_prompt
+            if token in seq.stops and n_output > seq.request.params.min_tokens:
+                reason, stop_token = FinishReason.STOP, token
+            elif len(seq.tokens) >= seq.limit:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                self.estimate.finished(n_output, seq.limit - seq.n_prompt)
+                self._end(seq, reason)
+        cached = 0 if seq.answered else self._first_answer(seq)
+        id = seq.request.id
+        return Update(id, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached)
+
+    def _first_answer(self, seq: Sequence) -> int:
+        """Cached prompt tokens, to be told once."""
+        cached = 0 if seq.answered else seq.cached_tokens or 0
+        seq.answered = True
+        return cached
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+    @property
+    def stats(self) -> EngineStats:
+        """Counters and gauges; the times in it are the loop's to fill."""
+        waiting = len(self._live) - len(self._running)
+        return self._tally.stats(self.cache, len(self._running), waiting, self._unused())
+
+    def _unused(self) -> int:
+        """Leased slots that are neither computed nor being computed in a step in flight."""
+        return self.cache.granted - sum([seq.planned for seq in self._running])
+
+    def audit(self) -> None:
+        """AssertionError unless each slot and each row has one owner and the queues agree. Between steps; O(pool)."""
+        self.cache.audit()
+        rows = sorted([*self._free_rows, *(seq.row for seq in self._running)])
+        assert rows == list(range(self.limits.max_num_seqs)), f"rows lost or doubled: {rows}"
+        assert self._unused() >= 0, f"{-self._unused()} positions are planned without a slot"
+        for seq in self._running:
+            assert seq.computed <= seq.planned <= seq.length <= seq.limit, f"counts of {seq.request.id} disagree"
+        if not self._live:
+            assert self.cache.leased == 0, f"{self.cache.leased} slots are leased, but no request is alive"
+
+
+def _join(seq: Sequence) -> Join:
+    assert seq.lease is not None
+    prefix, request = tuple(seq.lease.slots[: seq.lease.n_cached]), seq.request
+    return Join(
+        request.id, seq.row, tuple(seq.tokens), seq.n_prompt, prefix, request.params, tuple(request.eos_token_ids)
+    )
+
+
+def _fault(row: PlanRow, got: RowResult | None, vocab_size: int) -> str | None:
+    """What is wrong with the answer to a row, if anything."""
+    if got is None:
+        return "the executor did not answer a row" if row.n_sample or row.prompt_logprobs else None
+    if got.error is not None:
+        return got.error
+    if len(got.tokens) != row.n_sample:
+        return f"the executor sampled {len(got.tokens)} tokens where {row.n_sample} were planned"
+    if got.tokens and not 0 <= got.tokens[0] < vocab_size:
+        return f"the executor sampled token id {got.tokens[0]}, which is outside the vocabulary"
+    return None
