@@ -122,7 +122,7 @@ async def started(model: str, options: dict[str, Any]) -> AsyncIterator[Session]
 
 
 class _spinner:
-    """A turning mark with the phase beside it, on a terminal; nothing elsewhere. Not rich: its import costs start-up."""
+    """A turning mark with the phase beside it, on a terminal; nothing elsewhere. Not rich: its import costs time."""
 
     def __enter__(self) -> Callable[[str], None]:
         self._phase = "starting"

@@ -19,6 +19,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 256
 MAX_CHOICES = 1024  # prompts of one request times n
 ROLES = ("system", "developer", "user", "assistant")
+RESERVED = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 _SAMPLING = (
     "n",
     "temperature",
@@ -89,17 +90,7 @@ def parse_chat(body: dict[str, Any]) -> ChatCall:
     fields = Fields(body, CHAT)
     messages = _messages(fields)
     own = {"max_tokens": _chat_max_tokens(fields), "logprobs": _chat_logprobs(fields)}
-    options = dict(fields.object("chat_template_kwargs"))
-    for name, default in (("add_generation_prompt", True), ("continue_final_message", False)):
-        if name in options:
-            raise InvalidRequest(f"give {name} as a field of the request, not in chat_template_kwargs", param=name)
-        options[name] = fields.boolean(name, default)
-    if options["continue_final_message"] and fields.given("add_generation_prompt") and options["add_generation_prompt"]:
-        raise InvalidRequest(
-            "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
-        )
-    if options["continue_final_message"]:
-        options["add_generation_prompt"] = False
+    options = _template_options(fields)
     if fields.boolean("add_special_tokens", False):
         raise InvalidRequest(
             "add_special_tokens is not supported for chat: the template writes them", param="add_special_tokens"
@@ -164,6 +155,21 @@ def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
         if not (key.isascii() and key.isdigit() and len(key) < 12):
             raise InvalidRequest(f"logit_bias has the key {key[:40]!r}, which is no token id", param="logit_bias")
     return {int(key): value for key, value in bias.items()}
+
+
+def _template_options(fields: Fields) -> dict[str, Any]:
+    """What `ChatTemplate.render` gets besides the messages; it holds the kwargs to the template's own variables."""
+    options = dict(fields.object("chat_template_kwargs"))
+    for name in RESERVED & set(options):
+        raise InvalidRequest(f"chat_template_kwargs can't set {name}", param="chat_template_kwargs")
+    goes_on = fields.boolean("continue_final_message", False)
+    if goes_on and fields.boolean("add_generation_prompt", False):
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
+        )
+    options["continue_final_message"] = goes_on
+    options["add_generation_prompt"] = fields.boolean("add_generation_prompt", True) and not goes_on
+    return options
 
 
 def _in_chats_words(error: InvalidRequest, fields: Fields) -> InvalidRequest:
