@@ -3,7 +3,7 @@
 Called by `template` alone. On jinja2's immutable sandbox (no underscore attributes, no mutation, ranges of at most
 100,000) it adds a `Budget` per rendering. Bounded: CPU time (checked at every loop turn, macro, call, filter and
 operator; one such operation may overrun), the size of each value a template builds (strings, numbers, containers with
-all they contain) and of all together. Growth is predicted before the work is done. Not bounded: memory to the byte, time
+all they contain) and of all together. Growth is predicted before the work. Not bounded: memory to the byte, time
 to the millisecond. Templates get plain data only, never objects of ours; no loader, so no include or import.
 """
 
@@ -164,7 +164,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         budget.reserve(_predicted(budget, operator, left, right))
         return budget.keep(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(__obj, "__self__", None) is __self:  # injected by us; jinja2 adds its own keywords inside loops
             return __obj(*args)
         budget = _budget(__context)
@@ -302,9 +302,7 @@ def _tojson(
     budget.reserve(budget.weight(value))
     if indent is not None and not (isinstance(indent, int) and indent <= 16):
         raise OverBudget("it indents JSON by more than 16")
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     parts = []
     for part in encoder.iterencode(value):
         budget.reserve(len(part))

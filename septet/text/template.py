@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from septet.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "chat_template_of"]
+__all__ = ["ChatTemplate"]
 
 MAX_SOURCE = 2**18  # characters of a template; the longest known has 20 thousand
 MAX_OUTPUT = 2**24  # characters of a prompt
@@ -42,17 +42,6 @@ _GEMMA = (
 )
 _GEMMA_MARKERS = ("<start_of_turn>", "<end_of_turn>")
 _FAMILIES = dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), (_GEMMA_MARKERS, _GEMMA))
-
-
-def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate:
-    """The model's template, or its family's. InvalidRequest if it has none; ModelFileError if it is not valid Jinja."""
-    source = tokenizer.chat_template
-    if source is None:
-        markers, family = _FAMILIES.get(tokenizer.family, ((), ""))
-        if not family or not tokenizer.control_texts.issuperset(markers):
-            raise InvalidRequest("the model has no chat template: use completions instead of chat", param="messages")
-        source = family
-    return ChatTemplate(source, tokenizer.special_texts, tokenizer.control_texts)
 
 
 class ChatTemplate:
@@ -81,6 +70,19 @@ class ChatTemplate:
         names = meta.find_undeclared_variables(tree) - _OURS - set(environment.globals) - set(self._special)
         self.variables = frozenset(name for name in names if not name.endswith("_token"))
         """Names that a request may set through `chat_template_kwargs`: those the template reads."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The model's template, or its family's where the file lost it; None if there is neither.
+
+        ModelFileError if it is not valid Jinja.
+        """
+        source = tokenizer.chat_template
+        if source is None:
+            markers, source = _FAMILIES.get(tokenizer.family, ((), None))
+            if source is None or not tokenizer.control_texts.issuperset(markers):
+                return None
+        return cls(source, tokenizer.special_texts, tokenizer.control_texts)
 
     def render(
         self,

@@ -7,7 +7,6 @@ whole and its pieces always agree (`detokenize`).
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -17,6 +16,7 @@ from septet.errors import InvalidRequest, ModelFileError, ModelNotFound
 from septet.text.vocabulary import Vocabulary, piece_bytes
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Sequence
 
 __all__ = ["ChatPrompt", "Tokenizer", "load_tokenizer"]
@@ -201,4 +201,6 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _cache(home: Path | None) -> Path:
-    return (home or Path(os.environ.get("SEPTET_HOME") or Path.home() / ".septet")) / "cache" / "tokenizers"
+    from septet.hub.store import home_directory
+
+    return home_directory(home) / "cache" / "tokenizers"
