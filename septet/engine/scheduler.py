@@ -25,13 +25,14 @@ from septet.engine.sharing import Prefills
 from septet.engine.tally import Tally
 from septet.errors import InvalidRequest, Overloaded, SeptetError
 from septet.request import FinishReason, Request
-from septet.step import Join, PlanRow, RowResult, StepPlan, StepResult
+from septet.step import Join, Logprobs, PlanRow, RowResult, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from septet.kv.cache import KVCache
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
+_NOTHING = RowResult("")  # what a row yields that neither samples nor asks for log-probabilities
 MAX_PASSED_OVER = 32  # waiting sequences that later ones may overtake in one plan (they wait for a shared prefix)
 
 
@@ -302,13 +303,16 @@ class Scheduler:
             seq.in_flight -= 1
             if seq.ended:
                 continue
-            got = results.get(row.request)
+            got = results.get(row.request, _NOTHING)
             fault = _fault(row, got, self.vocab_size)
             if fault is not None:
                 updates.append(self._end(seq, FinishReason.ERROR, SeptetError(fault)))
                 continue
-            self._computed(seq, row)
-            if got is not None and (row.n_sample or row.prompt_logprobs):
+            if seq.lease is not None:  # else it was preempted since: its token counts, its slots are gone
+                seq.computed = row.start + row.n
+                if row.start < seq.n_known:
+                    self._share(seq, row)
+            if row.n_sample or row.prompt_logprobs:
                 updates.append(self._answer(seq, row, got))
         return updates
 
@@ -325,48 +329,45 @@ class Scheduler:
             raise ValueError(f"result of step {step}, but the oldest step in flight is {expected}")
         return self._in_flight.popleft()
 
-    def _computed(self, seq: Sequence, row: PlanRow) -> None:
-        """Note what a row has computed, unless its sequence has been preempted since; share prefill at once.
-
-        Decoded tokens are handed to the cache when the sequence leaves, which costs a step nothing.
-        """
-        if seq.lease is None:
-            return
-        seq.computed = row.start + row.n
-        if row.start < seq.n_known:
-            self.cache.commit(seq.lease, seq.tokens[row.start : seq.computed])
-            if seq.computed >= seq.n_known:
-                self._prefills.discard(seq)
+    def _share(self, seq: Sequence, row: PlanRow) -> None:
+        """Give a prefilled chunk to the cache at once. Decoded tokens follow in one go when the sequence leaves."""
+        assert seq.lease is not None
+        self.cache.commit(seq.lease, seq.tokens[row.start : seq.computed])
+        if seq.computed >= seq.n_known:
+            self._prefills.discard(seq)
 
     def _answer(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update:
         """The update of one row: its token, if it samples, and whether that ends the request."""
-        prompt_logprobs = got.prompt_logprobs
-        if row.prompt_logprobs:
-            prompt_logprobs = prompt_logprobs[max(0, seq.n_prompt_logprobs - row.start) :]  # delivered before, if
-            seq.n_prompt_logprobs += len(prompt_logprobs)
-            seq.wants_prompt_logprobs = seq.n_prompt_logprobs < seq.n_prompt - 1
+        prompt_logprobs = self._prompt_logprobs(seq, row, got) if row.prompt_logprobs else ()
         reason = stop_token = None
         if row.n_sample:
             token = got.tokens[0]
             seq.tokens.append(token)
-            self._tally.generated_tokens += 1
-            n_output = len(seq.tokens) - seq.n_prompt
-            if token in seq.stops and n_output > seq.request.params.min_tokens:
+            n_tokens = len(seq.tokens)
+            if token in seq.stops and n_tokens - seq.n_prompt > seq.request.params.min_tokens:
                 reason, stop_token = FinishReason.STOP, token
-            elif len(seq.tokens) >= seq.limit:
+            elif n_tokens >= seq.limit:
                 reason = FinishReason.LENGTH
-            if reason is not None:
-                self.estimate.finished(n_output, seq.limit - seq.n_prompt)
-                self._end(seq, reason)
+            self._tally.generated_tokens += 1
         cached = 0 if seq.answered else self._first_answer(seq)
-        id = seq.request.id
-        return Update(id, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached)
+        if reason is not None:
+            self.estimate.finished(n_tokens - seq.n_prompt, seq.limit - seq.n_prompt)
+            self._end(seq, reason)
+        return Update(got.request, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached)
+
+    def _prompt_logprobs(self, seq: Sequence, row: PlanRow, got: RowResult) -> tuple[Logprobs, ...]:
+        """Those not delivered before: a preempted sequence computes its prompt again."""
+        new = got.prompt_logprobs[max(0, seq.n_prompt_logprobs - row.start) :]
+        seq.n_prompt_logprobs += len(new)
+        seq.wants_prompt_logprobs = seq.n_prompt_logprobs < seq.n_prompt - 1
+        return new
 
     def _first_answer(self, seq: Sequence) -> int:
         """Cached prompt tokens, to be told once."""
-        cached = 0 if seq.answered else seq.cached_tokens or 0
+        if seq.answered:
+            return 0
         seq.answered = True
-        return cached
+        return seq.cached_tokens or 0
 
     # -- watching -----------------------------------------------------------------------------------------------------
     @property
@@ -399,14 +400,16 @@ def _join(seq: Sequence) -> Join:
     )
 
 
-def _fault(row: PlanRow, got: RowResult | None, vocab_size: int) -> str | None:
+def _fault(row: PlanRow, got: RowResult, vocab_size: int) -> str | None:
     """What is wrong with the answer to a row, if anything."""
-    if got is None:
-        return "the executor did not answer a row" if row.n_sample or row.prompt_logprobs else None
+    tokens = got.tokens
+    sampled = len(tokens) == row.n_sample and (not tokens or 0 <= tokens[0] < vocab_size)
+    if got.error is None and sampled and (got.prompt_logprobs or not row.prompt_logprobs):
+        return None
     if got.error is not None:
         return got.error
-    if len(got.tokens) != row.n_sample:
-        return f"the executor sampled {len(got.tokens)} tokens where {row.n_sample} were planned"
-    if got.tokens and not 0 <= got.tokens[0] < vocab_size:
-        return f"the executor sampled token id {got.tokens[0]}, which is outside the vocabulary"
-    return None
+    if len(tokens) != row.n_sample:
+        return f"the executor sampled {len(tokens)} tokens where {row.n_sample} were planned"
+    if sampled:
+        return "the executor did not return the prompt's log-probabilities"
+    return f"the executor sampled token id {tokens[0]}, which is outside the vocabulary"
