@@ -130,9 +130,9 @@ class ReferenceOps(Ops):
         slots = layout.slot_of[layout.rows, : layout.max_kv].long()  # (R, max_kv); beyond kv_len: stale, masked
         at = torch.arange(layout.max_kv, device=q.device)
         seen = _visible(layout.positions[:, None], at, window)[:, None, None, :]
-        slots = torch.where(at[None] < layout.kv_len[:, None], slots, 0)
-        v = torch.where((at[None] < layout.kv_len[:, None])[..., None, None], kv.v[slots], 0)
-        return _attend(q.unsqueeze(1), kv.k[slots], v, seen, scale, soft_cap)
+        # Masked places read the row's own first slot: an unused one may hold NaN, which no mask takes out again.
+        slots = torch.where(at[None] < layout.kv_len[:, None], slots, slots[:, :1])
+        return _attend(q.unsqueeze(1), kv.k[slots], kv.v[slots], seen, scale, soft_cap)
 
     def argmax(self, logits: Tensor) -> Tensor:
         bad = torch.isnan(logits).any(-1)
