@@ -87,10 +87,12 @@ class Mailbox:
     def __init__(self) -> None:
         self._waiting: list[Update] = []
         self._ready = asyncio.Event()
+        self.complete = False  # the last update is here
         self._death: str | None = None
 
     def put(self, update: Update) -> None:
         self._waiting.append(update)
+        self.complete = update.finish_reason is not None
         if len(self._waiting) >= MERGE_AT:
             self._waiting = [merge(self._waiting)]
         self._ready.set()
@@ -135,6 +137,7 @@ class _Client:
 
     def __init__(self) -> None:
         self._open: dict[str, Mailbox] = {}
+        self._left: set[str] = set()  # ids whose reader has gone before the last update: not free until that arrives
         self._tickets: dict[int, asyncio.Future[EngineStats]] = {}
         self._numbers = itertools.count()
         self._death: str | None = None
@@ -147,19 +150,25 @@ class _Client:
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
         """See `EngineClient.generate`."""
         self._check_alive()
-        if request.id in self._open:
+        if request.id in self._open or request.id in self._left:
             raise InvalidRequest("a request with this id is running already", param="id")
         mailbox = self._open[request.id] = Mailbox()
+        try:
+            self._post(Submit((request,)))
+        except InvalidRequest:
+            del self._open[request.id]
+            raise
         finished = False
         try:
-            await self._send(Submit((request,)))
+            await self._drain()
             while not finished:
                 update = await mailbox.take()
                 finished = update.finish_reason is not None
                 yield update
         finally:
             del self._open[request.id]
-            if not finished:
+            if not mailbox.complete and not self.dead:
+                self._left.add(request.id)
                 self.abort((request.id,))
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -181,20 +190,21 @@ class _Client:
             raise EngineDead(self._death)
 
     def _post(self, message: Message) -> None:
-        """Hand a small message to the engine without waiting."""
+        """Hand a message to the engine without waiting. InvalidRequest if it can't travel."""
         raise NotImplementedError
 
-    async def _send(self, message: Message) -> None:
-        """Hand a message to the engine; waits while the way there is full."""
-        self._post(message)
+    async def _drain(self) -> None:
+        """Wait while the way to the engine is full."""
 
     # -- from the engine ----------------------------------------------------------------------------------------------
     def _on_messages(self, messages: Sequence[Message]) -> None:
         for message in messages:
             if isinstance(message, Update):
                 mailbox = self._open.get(message.request)
-                if mailbox is not None:  # else its reader has left
+                if mailbox is not None:
                     mailbox.put(message)
+                elif message.finish_reason is not None:
+                    self._left.discard(message.request)
             elif isinstance(message, StatsReply):
                 future = self._tickets.get(message.ticket)
                 if future is not None and not future.done():
@@ -294,8 +304,7 @@ class ProcessClient(_Client):
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
 
-    async def _send(self, message: Message) -> None:
-        self._post(message)
+    async def _drain(self) -> None:
         await self._end.drain()
 
     # -- from the engine ----------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class EngineLoop:
         self.running = True
         self.idle = True
         self.failures = 0  # failed steps in a row
+        self.failed_steps = 0
         self.audit_failures = 0
         self.steps_since_rest = 0
         self.next_rest = 0.0  # monotonic time before which there is no housekeeping
@@ -176,9 +177,15 @@ class EngineLoop:
             self.outbox.send(updates)
 
     def stats(self) -> EngineStats:
-        """The scheduler's counters with the loop's times."""
-        clock = self.clock
-        return replace(self.scheduler.stats, step_s=clock.step_s, host_s=clock.host_s, progress_at=clock.progress_at)
+        """The scheduler's figures with the loop's own."""
+        return replace(
+            self.scheduler.stats,
+            step_s=self.clock.step_s,
+            host_s=self.clock.host_s,
+            progress_at=self.clock.progress_at,
+            failed_steps=self.failed_steps,
+            audit_failures=self.audit_failures,
+        )
 
     # -- steps --------------------------------------------------------------------------------------------------------
     def _launch(self, plan: StepPlan) -> None:
@@ -211,6 +218,7 @@ class EngineLoop:
         """A step raised: its requests end with an error, everybody else goes on."""
         self.clock.step_ends(still_busy=bool(self.in_flight))
         self.failures += 1
+        self.failed_steps += 1
         log.error("step %d of %d rows failed", plan.step, len(plan.rows), exc_info=error)
         self._say(self.scheduler.fail(plan, error))
         if self.failures >= self.max_failures:

@@ -105,6 +105,8 @@ class EngineStats:
     step_s: float = 0.0  # total wall time in steps
     host_s: float = 0.0  # of that, scheduling and commit on the host
     progress_at: float = 0.0  # monotonic time of the last finished step
+    failed_steps: int = 0  # steps that raised; their requests ended with an error
+    audit_failures: int = 0  # audits that found KV slots or rows lost: an error of ours, never to be seen
 
     @property
     def hit_rate(self) -> float:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineProcess", "build_engine", "serve"]
 
-ECHO = "echo:"  # EngineConfig.model "echo:" or "echo:VOCABULARY": no model, for tests and benchmarks of the engine
+ECHO = "echo:"  # EngineConfig.model "echo:[VOCABULARY[:STEP_MS]]": no model, for tests and benchmarks of the engine
 PARENT_CHECK_MS = 2000
 PARENT_GRACE_S = 1.0
 
@@ -140,16 +140,18 @@ def build_engine(config: EngineConfig) -> Engine:
 
 
 def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
-    """An engine without a model: tokens are a function of seed and position."""
+    """An engine without a model: a token is a hash of seed, position and the tokens before; steps take STEP_MS."""
     from septet.engine.echo import EchoExecutor
 
-    size = config.model.removeprefix(ECHO) or "1000"
-    if not size.isdigit() or not 0 < int(size) < 2**31:
-        raise InvalidRequest(f"model {ECHO}VOCABULARY needs a positive number, not {size[:40]!r}", param="model")
-    executor = EchoExecutor(depth=1 if config.overlap == "off" else 2, vocab_size=int(size))
+    vocabulary, _, step_ms = config.model.removeprefix(ECHO).partition(":")
+    vocabulary, step_ms = vocabulary or "1000", step_ms or "0"
+    if not (vocabulary.isdigit() and 0 < int(vocabulary) < 2**31 and step_ms.isdigit() and int(step_ms) <= 60_000):
+        raise InvalidRequest(f"the model {ECHO}[VOCABULARY[:STEP_MS]] takes positive numbers", param="model")
+    depth = 1 if config.overlap == "off" else 2
+    executor = EchoExecutor(depth, int(vocabulary), verify=False, step_s=int(step_ms) / 1000)
     info = EngineInfo(
         model=config.model,
-        vocab_size=int(size),
+        vocab_size=int(vocabulary),
         max_model_len=config.max_model_len or 4096,
         max_num_seqs=config.max_num_seqs or 256,
         max_num_batched_tokens=config.max_num_batched_tokens or 2048,
