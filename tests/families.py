@@ -14,10 +14,12 @@ import torch
 from septet.config import ModelConfig, RopeConfig
 from septet.kernels.reference import ReferenceOps
 from septet.layers.build import Build
-from septet.models.registry import load_model
+from septet.models.registry import MODELS, load_model
 from tests.forward import Harness, StateSource
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from septet.models.registry import Model
@@ -135,7 +137,7 @@ class Pair:
         return out[0, len(ids) :].tolist()
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> Pair:
+def make(name: str, dtype: torch.dtype = torch.float32, models: Mapping[str, str] = MODELS) -> Pair:
     """The family's tiny model, the same weights in each."""
     family = FAMILIES[name]
     config = ModelConfig(
@@ -156,7 +158,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Pair:
     hf = _transformers(family).to(dtype)
     source = StateSource(_state(hf, family.architecture), dtype)
     build = Build(config, ReferenceOps(), source, torch.device("cpu"), dtype, MAX_LEN)
-    return Pair(hf, load_model(build), config)
+    return Pair(hf, load_model(build, models), config)
 
 
 def _transformers(family: Family) -> Any:
@@ -181,10 +183,15 @@ def _transformers(family: Family) -> Any:
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.6 * parameter.shape[1] ** -0.5
             if "embed_tokens" in name:  # Gemma's is tied and scaled: small, so that the layers have their say
-                spread = 0.05 if family.architecture == "gemma3" else 0.5
+                spread = 0.05 if _gemma(family.architecture) else 0.5
             centre = 1.0 if "norm" in name else 0.0
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=dice))
     return model
+
+
+def _gemma(architecture: str) -> bool:
+    """Embeddings scaled by sqrt(D), norms stored without their 1."""
+    return architecture.startswith("gemma")
 
 
 def _state(hf: Any, architecture: str) -> dict[str, Tensor]:
@@ -192,6 +199,6 @@ def _state(hf: Any, architecture: str) -> dict[str, Tensor]:
     state = dict(hf.state_dict())
     if hf.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    if architecture == "gemma3":
+    if _gemma(architecture):
         state = {name: t + 1.0 if "norm" in name else t for name, t in state.items()}
     return state
