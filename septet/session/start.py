@@ -83,11 +83,8 @@ def _fetching(on_phase: Callable[[str], None]) -> Callable[[int, int, str], None
 
 
 def _load_text(path: str) -> tuple[Tokenizer, ChatTemplate | None]:
-    from septet.text.template import chat_template_of
+    from septet.text.template import ChatTemplate
     from septet.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    try:
-        return tokenizer, chat_template_of(tokenizer)
-    except InvalidRequest:  # it has none: completions work, chat says so
-        return tokenizer, None
+    return tokenizer, ChatTemplate.of(tokenizer)
