@@ -6,7 +6,10 @@ Called by the GPU workloads and tests. Standard library only.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["SHAPES", "write_shape"]
 

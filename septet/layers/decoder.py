@@ -52,4 +52,8 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """(S, V) next-token logits of `batch.logits_at`, in the compute dtype."""
-        return self.head(self.ops.take_rows(self.hidden(batch), batch.logits_at))
+        return self.logits(self.ops.take_rows(self.hidden(batch), batch.logits_at))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (S, D) of `hidden(batch)` -> (S, V) next-token logits, in the compute dtype."""
+        return self.head(hidden)

@@ -41,6 +41,10 @@ class Model(Protocol):
         """(T, D) final hidden states, normed; writes the step's keys and values."""
         ...
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (S, D) -> (S, V): the head by itself, for rows of `hidden`."""
+        ...
+
 
 def load_model(build: Build, models: Mapping[str, str] = MODELS) -> Model:
     """Build the model of `build.config.architecture` with the weights of `build.source`, all of them.
