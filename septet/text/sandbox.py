@@ -32,6 +32,7 @@ __all__ = ["BUDGET", "Budget", "ChatEnvironment", "OverBudget"]
 MAX_VALUE = 2**24  # characters (and container slots) of one value
 MAX_WORK = 2**27  # of all values built in one rendering
 MAX_CPU_S = 2.0
+MAX_INTEGER = 1024  # bytes: multiplying is not linear
 MAX_FORMAT = 10_000  # characters of a format string
 BUDGET = "budget!"  # key in the rendering's context: not a name that a template can spell
 
@@ -39,6 +40,7 @@ _FILTERS_LEFT_OUT = frozenset(
     ("batch", "center", "format", "forceescape", "pprint", "random", "slice", "striptags", "sum", "truncate")
 ) | {"urlize", "wordcount", "wordwrap", "xmlattr"}
 _METHODS_LEFT_OUT = frozenset(("center", "encode", "expandtabs", "format_map", "ljust", "rjust", "translate", "zfill"))
+_ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd([012])")  # the marks of `template` must survive as they are
 _UNBOUNDED_FORMAT = re.compile(r"\d{4}|%[^a-zA-Z%]*\*|\{[^}]*\{")
 
 
@@ -200,11 +202,12 @@ def _predicted(budget: Budget, operator: str, left: Any, right: Any) -> int:
     if operator == "%" and isinstance(left, str):
         _check_format(left)
         return 1000 * len(left) + budget.weight(right)
-    if operator == "**":
-        if isinstance(right, int) and isinstance(left, int):
-            return left.bit_length() * abs(right) // 8 + 1
-        return 1
     sizes = budget.weight(left), budget.weight(right)
+    if isinstance(left, int) and isinstance(right, int):
+        size = left.bit_length() * abs(right) // 8 if operator == "**" else sum(sizes)
+        if size > MAX_INTEGER:
+            raise OverBudget("it builds too large a number")
+        return size
     if operator == "*":
         if isinstance(left, int) and isinstance(right, str | list | tuple):
             return max(left, 0) * sizes[1]
@@ -306,7 +309,7 @@ def _tojson(
     parts = []
     for part in encoder.iterencode(value):
         budget.reserve(len(part))
-        parts.append(part)
+        parts.append(_ESCAPED_MARK.sub(lambda m: m[1] + chr(0xFDD0 + int(m[2])), part) if ensure_ascii else part)
     return "".join(parts)
 
 
