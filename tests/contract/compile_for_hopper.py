@@ -1,0 +1,85 @@
+"""Compile every Triton kernel for Hopper, which needs no GPU, and print what matters of the result as JSON.
+
+Run as a script by test_compile.py, in a process of its own: the contract tests' process interprets its kernels. What
+the interpreter can't show is seen here: that bfloat16 compiles, shared memory suffices, loads are 16 bytes wide and
+asynchronous, products use wgmma.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from septet.kernels.triton import act, attention, embed, norm, qkv, sample
+from septet.kernels.triton.tiles import choose
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
+KINDS = {"top_ptr": F32, "total_ptr": F32, "acc_ptr": F32, "value_ptr": F32, "temperature_ptr": F32}
+KINDS |= {"cos_sin_ptr": F32, "logits_ptr": F32, "index_ptr": I32, "q_start_ptr": I32, "kv_len_ptr": I32}
+KINDS |= {"slot_of_ptr": I32, "ids_ptr": I64, "slots_ptr": I64, "positions_ptr": I64, "rows_ptr": I64, "seeds_ptr": I64}
+FLOATS = {"eps", "scale", "cap"}
+ALIGNED = {"D", "F", "V", "stride", "k_stride", "v_stride", "slot_of_stride"}  # multiples of 16 in every real model
+
+
+def compile_one(fn: Any, const: dict[str, Any], num_warps: int, num_stages: int = 3, **kinds: str) -> dict[str, Any]:
+    signature, hints = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in const:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.endswith("_ptr")
+        default = KINDS.get(name, BF16) if pointer else "fp32" if name in FLOATS else "i32"
+        signature[name] = kinds.get(name, default)
+        if pointer or name in ALIGNED:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=fn, signature=signature, constexprs=const, attrs=hints)
+    kernel = triton.compile(source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages})
+    ptx = kernel.asm["ptx"]
+    return {
+        "shared_bytes": kernel.metadata.shared,
+        "async_copies": len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
+        "wide_loads": ptx.count("ld.global.v4.b32"),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+    }
+
+
+def attention_of(n_tokens: int, n_rows: int, dim: int, window: bool = False, cap: bool = False) -> dict[str, Any]:
+    n_heads, n_kv, max_q = 32, 8, 1 if n_tokens == n_rows else n_tokens
+    t = choose(n_tokens, n_rows, n_heads, n_kv, dim, 2, max_q, 8192, 132)
+    const = {"G": n_kv, "E": dim, "RATIO": t.ratio, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d}
+    const |= {"BLOCK_Q": t.block_q, "DECODE": t.decode, "SPLIT": t.splits > 1, "WINDOW": window, "CAP": cap}
+    out = F32 if t.splits > 1 else BF16
+    return compile_one(attention._attention_kernel, const, t.num_warps, t.num_stages, out_ptr=out)
+
+
+def main() -> None:
+    heads = {"H": 32, "G": 8, "E": 128, "BLOCK_H": 8, "BLOCK_E": 64}
+    print(
+        json.dumps(
+            {
+                "norm": compile_one(norm._norm_kernel, {"ADD": True, "BLOCK": 2048}, 8),
+                "act": compile_one(act._gated_act_kernel, {"GELU": True, "BLOCK": 1024}, 4),
+                "embed": compile_one(embed._embed_kernel, {"BLOCK": 1024}, 4),
+                "qkv": compile_one(qkv._qkv_kernel, {**heads, "NORM": True}, 2),
+                "gumbel": compile_one(sample._block_kernel, {"NOISE": True, "BLOCK": 2048}, 4),
+                "best": compile_one(sample._merge_kernel, {"BLOCK": 64}, 1, out_ptr=I64),
+                "merge": compile_one(attention._merge_kernel, {"E": 64, "SPLITS": 32, "BLOCK_D": 64}, 4),
+                "attention decode, 1 row": attention_of(1, 1, 64),
+                "attention decode, 64 rows": attention_of(64, 64, 128),
+                "attention prefill": attention_of(2048, 1, 128),
+                "attention prefill, wide, window, cap": attention_of(2048, 1, 256, window=True, cap=True),
+                "attention mixed": attention_of(256, 33, 64),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
