@@ -7,13 +7,12 @@ and no policy (a scheduler). Every submitted request is answered by exactly one 
 
 from __future__ import annotations
 
-import gc
 import logging
-import time
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from septet.engine.chores import Chores, HostClock
 from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Update
 from septet.engine.wire import Disconnected
 from septet.errors import EngineDead, SeptetError
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineLoop", "Inbox", "Outbox"]
 
 MAX_FAILURES = 16  # steps failing in a row before the engine gives up: the device is broken, not a request
-REST_AFTER_S = 0.2  # idle time before housekeeping, so that it does not meet the next request of a conversation
-REST_SHARE = 0.01  # of the time, at most, goes into housekeeping: an audit of a large pool takes a while
-GC_STEPS = 4096  # steps without rest after which the youngest garbage is collected all the same
+PAUSE_S = 0.2  # idle time before the chores, so that they don't meet the next request of a conversation
 
 log = logging.getLogger(__name__)
 
@@ -50,33 +47,6 @@ class Outbox(Protocol):
         ...
 
 
-class HostClock:
-    """Where the time goes, for `EngineStats`. As a context manager it adds to the host's share (`with clock: ...`)."""
-
-    def __init__(self) -> None:
-        self.step_s = 0.0  # wall time with at least one step in flight
-        self.host_s = 0.0  # planning and committing
-        self.progress_at = time.monotonic()  # end of the last step
-        self._busy_since: float | None = None
-        self._entered = 0.0
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.host_s += time.monotonic() - self._entered
-
-    def step_starts(self) -> None:
-        if self._busy_since is None:
-            self._busy_since = time.monotonic()
-
-    def step_ends(self, *, still_busy: bool) -> None:
-        now = self.progress_at = time.monotonic()
-        if self._busy_since is not None:
-            self.step_s += now - self._busy_since
-        self._busy_since = now if still_busy else None
-
-
 class EngineLoop:
     """Turns until Shutdown, until the client leaves, or until the engine can't go on."""
 
@@ -90,31 +60,24 @@ class EngineLoop:
         strict: bool = False,  # tests: a failed audit raises
         owns_gc: bool = False,  # in a process of its own, garbage is collected when nobody waits
         max_failures: int = MAX_FAILURES,
-        rest_after_s: float = REST_AFTER_S,
+        pause_s: float = PAUSE_S,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.inbox = inbox
         self.outbox = outbox
-        self.strict = strict
-        self.owns_gc = owns_gc
         self.max_failures = max_failures
-        self.rest_after_s = rest_after_s
         self.in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self.running = True
         self.idle = True
         self.failures = 0  # failed steps in a row
         self.failed_steps = 0
-        self.audit_failures = 0
-        self.steps_since_rest = 0
-        self.next_rest = 0.0  # monotonic time before which there is no housekeeping
         self.clock = HostClock()
+        self.chores = Chores(scheduler.audit, strict=strict, owns_gc=owns_gc, pause_s=pause_s)
 
     def run(self) -> int:
         """Serve; returns the exit code: 0 after Shutdown or when the client left, 1 after telling it `Fatal`."""
-        if self.owns_gc:
-            gc.freeze()  # the model and its modules are never garbage
-            gc.disable()  # a collection in the middle of a step is a pause for every stream
+        self.chores.begin()
         try:
             while self.running:
                 self.turn()
@@ -141,12 +104,10 @@ class EngineLoop:
 
     # -- hearing ------------------------------------------------------------------------------------------------------
     def _hear(self) -> None:
-        """Take in what has arrived. With nothing to compute: wait a moment, do the housekeeping, then wait for ever."""
-        rest_is_due = self.steps_since_rest > 0 and time.monotonic() >= self.next_rest
-        patience = 0.0 if not self.idle else self.rest_after_s if rest_is_due else None
-        messages = self.inbox.receive(patience)
-        if self.idle and rest_is_due and not messages:
-            self._rest()
+        """Take in what has arrived. With nothing to compute: wait a moment, do the chores, then wait for ever."""
+        messages = self.inbox.receive(self.chores.patience() if self.idle else 0.0)
+        if self.idle and not messages:
+            self.chores.do()
         for message in messages:
             match message:
                 case Submit(requests):
@@ -157,6 +118,7 @@ class EngineLoop:
                     self.outbox.send([StatsReply(ticket, self.stats())])
                 case Shutdown():
                     self._shut_down()
+                    return
                 case _:
                     log.warning("ignored a message that is not for an engine: %s", type(message).__name__)
 
@@ -184,7 +146,7 @@ class EngineLoop:
             host_s=self.clock.host_s,
             progress_at=self.clock.progress_at,
             failed_steps=self.failed_steps,
-            audit_failures=self.audit_failures,
+            audit_failures=self.chores.audit_failures,
         )
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -200,7 +162,7 @@ class EngineLoop:
     def _commit(self) -> None:
         """Wait for the oldest step in flight and hand its result to the scheduler and the clients."""
         plan, pending = self.in_flight.popleft()
-        self.steps_since_rest += 1
+        self.chores.step_done()
         try:
             result = pending.result()
         except Exception as error:
@@ -211,8 +173,6 @@ class EngineLoop:
         with self.clock:
             updates = self.scheduler.commit(result)
         self._say(updates)
-        if self.owns_gc and self.steps_since_rest % GC_STEPS == 0:
-            gc.collect(0)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """A step raised: its requests end with an error, everybody else goes on."""
@@ -224,23 +184,7 @@ class EngineLoop:
         if self.failures >= self.max_failures:
             raise EngineDead(f"{self.failures} steps failed in a row, the last with {type(error).__name__}")
 
-    # -- rest and end -------------------------------------------------------------------------------------------------
-    def _rest(self) -> None:
-        """Housekeeping while nobody waits: is every KV slot accounted for, and the garbage."""
-        began = time.monotonic()
-        self.steps_since_rest = 0
-        try:
-            self.scheduler.audit()
-        except Exception:
-            self.audit_failures += 1
-            log.exception("the KV audit found a difference (%d so far)", self.audit_failures)
-            if self.strict:
-                raise
-        if self.owns_gc:
-            gc.collect()
-        now = time.monotonic()
-        self.next_rest = now + (now - began) / REST_SHARE
-
+    # -- the end ------------------------------------------------------------------------------------------------------
     def _shut_down(self) -> None:
         """Abort everything, answer every request, let the steps in flight come to their end."""
         self.running = False

@@ -239,25 +239,29 @@ async def cancel_after(client: EngineClient, one: Request, n_tokens: int, delay_
         await task
 
 
-MOMENTS = {
-    "before it is sent": (5, 10, 0, 0.0),
-    "before admission": (5, 10, 0, 0.0005),
-    "in prefill": (500, 10, 0, 0.004),  # 64 tokens per step of 1 ms
-    "after the first token": (5, 400, 1, 0.0),
-    "mid-stream": (5, 400, 7, 0.003),
-    "at the last token": (5, 4, 3, 0.0),
-    "after the last token": (5, 4, 4, 0.0),
+MOMENTS = {  # prompt, max_tokens, read so many tokens, then wait so many seconds; whether there is something to abort
+    "just sent": (5, 400, 0, 0.0, True),
+    "before admission": (5, 400, 0, 0.0005, True),
+    "in prefill": (500, 12, 0, 0.003, True),  # 64 tokens per step of 1 ms
+    "after the first token": (5, 400, 1, 0.0, True),
+    "mid-stream": (5, 400, 7, 0.003, True),
+    "at the last token": (5, 4, 3, 0.0, False),
+    "after the last token": (5, 4, 4, 0.0, False),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_t1_cancel_frees_everything(run, moment):
-    n_prompt, max_tokens, n_tokens, delay_s = MOMENTS[moment]
+    n_prompt, max_tokens, n_tokens, delay_s, unfinished = MOMENTS[moment]
 
     async def body(client):
         for i in range(3):
             await cancel_after(client, request(f"c{i}", n_prompt, max_tokens, seed=i), n_tokens, delay_s)
         await settle(client, 1.0)
+        finished = (await client.stats()).finished
+        assert sum(finished.values()) == 3
+        if unfinished:
+            assert finished == {"abort": 3}
         asked = request("next", 30)
         assert (await read(client, asked))[0] == expected(asked)
         assert (await client.stats()).audit_failures == 0

@@ -167,7 +167,7 @@ def test_the_updates_of_a_step_are_one_frame():
 
 
 def test_waits_only_with_nothing_to_do():
-    loop, box, _ = build([[]] * 6, [plan(0), plan(1)], rest_after_s=0.25)
+    loop, box, _ = build([[]] * 6, [plan(0), plan(1)], pause_s=0.25)
     loop.run()
     # at birth for ever; two busy turns; a turn that finds nothing to do; a moment, then housekeeping; for ever
     assert box.waits[:6] == [None, 0.0, 0.0, 0.25, None, None]
@@ -183,9 +183,9 @@ def test_an_idle_loop_does_not_spin():
             time.sleep(timeout)
             return []
 
-    loop, _, _ = build([], rest_after_s=0.1)
+    loop, _, _ = build([], pause_s=0.1)
     loop.inbox = box = Silent([])
-    loop.steps_since_rest = 1
+    loop.chores.step_done()
     loop.run()
     assert box.waits == [0.1, None]
 
@@ -205,7 +205,7 @@ def test_a_failed_audit_is_logged_and_counted(caplog):
     loop, _, _ = build([[], [], [], []], [plan(0)], audit_error=AssertionError("3 slots lost"))
     with caplog.at_level(logging.ERROR, "septet"):
         assert loop.run() == 0
-    assert loop.audit_failures == 1
+    assert loop.chores.audit_failures == 1
     assert "3 slots lost" in caplog.text
 
 
