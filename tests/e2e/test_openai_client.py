@@ -74,11 +74,11 @@ def test_streaming(client: openai.OpenAI) -> None:
 
 def test_completion(client: openai.OpenAI) -> None:
     answer = client.completions.create(
-        model="smollm2", prompt=["The capital of France is", "One two three four"], temperature=0, max_tokens=4
+        model="smollm2", prompt=["The capital of France is", "1, 2, 3, 4, 5,"], temperature=0, max_tokens=4
     )
     assert [c.index for c in answer.choices] == [0, 1]
     assert "Paris" in answer.choices[0].text
-    assert "five" in answer.choices[1].text
+    assert "6" in answer.choices[1].text
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
 
@@ -99,7 +99,7 @@ def test_completion_stream_equals_whole(client: openai.OpenAI) -> None:
 def test_n_with_seed(client: openai.OpenAI) -> None:
     def ask() -> list[str | None]:
         answer = client.chat.completions.create(
-            model="smollm2", messages=[{"role": "user", "content": "Say a number."}], n=3, seed=11, max_tokens=6
+            model="smollm2", messages=[{"role": "user", "content": "Say a number."}], n=3, seed=11, max_tokens=4
         )
         return [c.message.content for c in sorted(answer.choices, key=lambda c: c.index)]
 
