@@ -355,6 +355,8 @@ def test_hf_bytes_are_held_to_the_stated_digest(store: Store) -> None:
         ({"README.md": b""}, "neither safetensors"),
         ({"model.safetensors": b"x"}, "neither safetensors with a config.json"),
         ({"../model.safetensors": b"x", "config.json": b"{}"}, "neither safetensors"),
+        ({"../x.gguf": b"x"}, "neither safetensors"),
+        ({"sub/x.gguf": b"x"}, "neither safetensors"),
     ],
 )
 def test_hf_repos_without_what_we_need(store: Store, files: dict[str, bytes], words: str) -> None:

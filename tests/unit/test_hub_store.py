@@ -167,6 +167,22 @@ def test_a_crash_while_placing_leaves_no_half_model(store: Store, monkeypatch: p
     assert add(store, "a", x=b"1").path.read_bytes() == b"1"
 
 
+def test_a_crash_while_replacing_never_pairs_old_digests_with_new_files(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, "a", x=b"old")
+
+    def crash(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("septet.hub.store._write_atomically", crash)
+        with pytest.raises(KeyboardInterrupt):
+            add(store, "a", x=b"new")
+    assert store.get("a") is None
+    assert add(store, "a", x=b"new").path.read_bytes() == b"new"
+
+
 def test_without_hard_links_files_are_copied(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError("not supported")
