@@ -29,7 +29,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{
 
 def byte_level(directory: Path, **config: Any) -> tuple[Path, Path]:
     """-> (checkpoint directory, GGUF file) of the same byte-level BPE, cut as Llama 3 does."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
@@ -41,6 +41,7 @@ def byte_level(directory: Path, **config: Any) -> tuple[Path, Path]:
         CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=[*CONTROL], initial_alphabet=alphabet)
     )
     backend.add_tokens(["<tool>"])
+    backend.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     described = json.loads(backend.to_str())
     ids = backend.get_vocab()
     tokens = sorted(ids, key=lambda text: ids[text])
@@ -56,7 +57,7 @@ def byte_level(directory: Path, **config: Any) -> tuple[Path, Path]:
         bos=ids["<|im_start|>"],
         eos=ids["<|im_end|>"],
     )
-    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": True, **config}
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", **config}
     return checkpoint(directory / "byte", backend.to_str(), settings), gguf
 
 

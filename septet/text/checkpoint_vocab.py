@@ -34,7 +34,7 @@ def from_checkpoint(directory: Path) -> Vocabulary:
     special = {i for i, token in added.items() if token.special}
     byte_level, strip_space = _spelling(description)
     bos, eos = (_id(backend, texts.get(role)) for role in ("bos_token", "eos_token"))
-    prefix, suffix = _framing(backend, config, bos, eos)
+    prefix, suffix = _framing(backend)
     ends = _ends(directory, model, eos)
     return Vocabulary(
         backend=backend,
@@ -136,13 +136,9 @@ def _size(backend: Backend, added: dict[int, Any]) -> int:
     return max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
 
 
-def _framing(
-    backend: Backend, config: dict[str, Any], bos: int | None, eos: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What stands around a prompt: as tokenizer_config.json says, else as tokenizer.json's post-processor does."""
-    if "add_bos_token" in config or "add_eos_token" in config:
-        front = (bos,) if config.get("add_bos_token") and bos is not None else ()
-        return front, (eos,) if config.get("add_eos_token") and eos is not None else ()
+def _framing(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What tokenizer.json's post-processor puts around a prompt. (add_bos_token of older tokenizer_config.json files
+    is not read, as transformers 5 doesn't: it may contradict what the model was trained with.)"""
     plain = backend.encode("a", add_special_tokens=False).ids
     framed = backend.encode("a", add_special_tokens=True).ids
     for start in range(len(framed) - len(plain) + 1):
