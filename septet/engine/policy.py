@@ -63,7 +63,7 @@ class AdmissionConfig:
     initial_ratio: float = 0.5  # of output to max_tokens, before anything is known
     min_ratio: float = 0.02
     smoothing: float = 0.05  # weight of the newest finished request
-    horizon: int = 512  # tokens ahead that are counted at most, per sequence: by then others have finished
+    horizon: int = 1024  # output tokens that are expected at most, so that a huge max_tokens reserves no pool
     raise_on_preemption: float = 1.25  # the estimate was too small: multiply the ratio
 
 
@@ -91,4 +91,24 @@ class OutputEstimate:
         return 0 if seq.ending else seq.length - seq.planned + self.output(seq)
 
     def slots_of(self, running: Iterable[Sequence]) -> int:
+        """If all of them reached their end together: an upper bound of `peak`, and cheaper."""
         return sum(map(self.slots, running))
+
+    def peak(self, running: Iterable[Sequence], seq: Sequence, wanted: int) -> int:
+        """Most slots wanted on top of those leased now, at any time, if `seq` starts now and wants `wanted` at once.
+
+        Sequences end one after the other and give back what they hold (Past-Future scheduling, arXiv 2507.10150):
+        when the one with t tokens to go ends, those that go on longer have grown by t each.
+        """
+        ends = [(self.output(seq), wanted, 0)]
+        for other in running:
+            held = other.lease.n_private if other.lease is not None else 0
+            ends.append((self.output(other), max(0, other.length - other.planned), held))
+        ends.sort(reverse=True)
+        freed = sum([held for _, _, held in ends])
+        most = grown = 0
+        for n_alive, (left, to_plan, held) in enumerate(ends, 1):
+            grown += to_plan
+            freed -= held
+            most = max(most, grown + n_alive * left - freed)
+        return most

@@ -65,6 +65,7 @@ class Scheduler:
         self._running = OrderedSequences()
         self._prefills = Prefills()
         self._free_rows = list(range(limits.max_num_seqs))  # a heap: low rows first, so that rows in use stay dense
+        self._blocked: Sequence | None = None  # did not fit beside the running ones; try again when one leaves
         self._in_flight: deque[Draft] = deque()
         self._tally = Tally()
         self._step = 0
@@ -132,9 +133,7 @@ class Scheduler:
                 continue
             slots = self.cache.grow(seq.lease, 1)
             while slots is None:
-                victim = choose_victim(
-                    self._running, draft.step
-                )  # never one that is in the draft: those come before `seq`
+                victim = choose_victim(self._running, draft.step)  # never in the draft: those come before `seq`
                 self._preempt(victim)
                 if victim is seq:
                     break
@@ -194,7 +193,8 @@ class Scheduler:
             if self._should_follow(seq):
                 index += 1
                 continue
-            if self._running and self._shortfall(seq, expected) > 0:
+            if self._running and (seq is self._blocked or self._shortfall(seq, expected) > 0):
+                self._blocked = seq
                 break
             self._start(seq)
             admitted.append(seq)
@@ -229,8 +229,9 @@ class Scheduler:
 
         A cached prefix that nobody else locks counts as wanted: it is among the available slots now.
         """
-        _, locked = self._probe(seq)
-        return len(seq.tokens) - locked + self.estimate.output(seq) + expected - self.cache.available
+        wanted = len(seq.tokens) - self._probe(seq)[1]
+        short = wanted + self.estimate.output(seq) + expected - self.cache.available
+        return short if short <= 0 else self.estimate.peak(self._running, seq, wanted) - self.cache.available
 
     def _probe(self, seq: Sequence) -> tuple[int, int]:
         """(held, locked) tokens of its cached prefix, looked up again only after the cache has changed."""
@@ -245,14 +246,17 @@ class Scheduler:
     def _start(self, seq: Sequence) -> None:
         """Waiting -> running: a row and a lease on its longest cached prefix."""
         self._waiting.discard(seq)
-        reuse = not seq.wants_prompt_logprobs  # those need every position computed
-        seq.lease = self.cache.open(seq.tokens, seq.request.cache_salt, reuse)
+        # Prompt log-probabilities need every position computed. Sharing such a prompt early would lock what the cache
+        # holds of it beside our own copy, and one that fills the pool could then never finish.
+        seq.private = seq.wants_prompt_logprobs
+        seq.lease = self.cache.open(seq.tokens, seq.request.cache_salt, reuse=not seq.private)
         seq.row = heapq.heappop(self._free_rows)
         seq.joined = False
         seq.length = seq.n_known = len(seq.tokens)
         seq.planned = seq.computed = seq.lease.n_cached
         self._running.add(seq)
-        self._prefills.add(seq)
+        if not seq.private:
+            self._prefills.add(seq)
         if seq.cached_tokens is None:
             seq.cached_tokens = seq.lease.n_cached
             self._tally.prompt_tokens += seq.n_prompt
@@ -276,6 +280,7 @@ class Scheduler:
         self.cache.close(lease)
         heapq.heappush(self._free_rows, seq.row)
         seq.lease, seq.row = None, -1
+        self._blocked = None
         self._running.discard(seq)
         self._prefills.discard(seq)
 
@@ -310,7 +315,7 @@ class Scheduler:
                 continue
             if seq.lease is not None:  # else it was preempted since: its token counts, its slots are gone
                 seq.computed = row.start + row.n
-                if row.start < seq.n_known:
+                if row.start < seq.n_known and not seq.private:
                     self._share(seq, row)
             if row.n_sample or row.prompt_logprobs:
                 updates.append(self._answer(seq, row, got))

@@ -37,11 +37,11 @@ class Sequence:
     planned: int = 0  # positions handed to the executor, cached ones included
     computed: int = 0  # positions whose KV is known to be computed
     in_flight: int = 0  # plans that name it and are neither committed nor failed
-    last_step: int = -1  # the last plan that names it
     last_step: int = -1  # the newest plan that names it
     row: int = -1  # executor row, while running
     lease: Lease | None = None  # while running
     joined: bool = False  # the executor has been told of `row`
+    private: bool = False  # this life computes every position itself, and shares them when it leaves
     n_known: int = 0  # len(tokens) when it was last admitted: positions below are prefill
     wants_prompt_logprobs: bool = False  # some are still to be delivered
     n_prompt_logprobs: int = 0  # delivered: positions 1 .. of the prompt

@@ -52,6 +52,11 @@ class Lease:
     handle: Any  # of the index: the path of the committed tokens
     duplicates: list[int] = field(default_factory=list)  # committed here, but the index holds the same tokens elsewhere
 
+    @property
+    def n_private(self) -> int:
+        """Slots that it brought into use: about what its end gives back."""
+        return len(self.slots) - self.n_cached
+
 
 class KVCache:
     """`open`, `grow`, `commit`, `rewind`, `close`, `audit`: each costs O(tokens touched).
