@@ -7,9 +7,10 @@ whole and its pieces always agree (`detokenize`).
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 from typing import TYPE_CHECKING
 
 from septet.errors import InvalidRequest, ModelFileError, ModelNotFound
@@ -17,7 +18,9 @@ from septet.text.vocabulary import Vocabulary, piece_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from tokenizers import Tokenizer as Backend
 
 __all__ = ["ChatPrompt", "Tokenizer", "load_tokenizer"]
 
@@ -37,6 +40,38 @@ class ChatPrompt(str):
         return prompt
 
 
+class _Modes:
+    """The backend has one flag, whether special tokens are parsed. Any number of threads may encode in one mode; a
+    change waits until they are out, and those who come later wait for it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._changed = Condition()
+        self._parsing = True
+        self._inside = 0
+        self._waiting = 0  # for the other mode
+
+    @contextmanager
+    def enter(self, parsing: bool) -> Iterator[None]:
+        with self._changed:
+            while self._inside and (self._parsing != parsing or self._waiting):
+                other = self._parsing != parsing
+                self._waiting += other
+                self._changed.wait()
+                self._waiting -= other
+            if not self._inside:
+                self._parsing = parsing
+                self._backend.encode_special_tokens = not parsing
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+
 class Tokenizer:
     """One model's vocabulary. Safe to share between threads.
 
@@ -46,7 +81,7 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._backend = vocabulary.backend
-        self._lock = Lock()  # guards the backend's one flag, encode_special_tokens
+        self._modes = _Modes(self._backend)
         self._bytes: dict[int, bytes] = {}
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.bos
@@ -81,9 +116,9 @@ class Tokenizer:
         return ids
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        with self._lock:
-            self._backend.encode_special_tokens = not parse_special
-            return self._backend.encode(text, add_special_tokens=False).ids
+        with self._modes.enter(parse_special):
+            # the batched call lets other threads run meanwhile, the plain one does not
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
         """Special tokens that overlap a literal range are undone: their stretch is encoded again as text.
@@ -91,9 +126,8 @@ class Tokenizer:
         A stretch reaches from one genuine special token to the next, so each is encoded exactly as if the forged
         marker had been ordinary text from the start.
         """
-        with self._lock:
-            self._backend.encode_special_tokens = False
-            encoding = self._backend.encode(str(prompt), add_special_tokens=False)
+        with self._modes.enter(True):
+            encoding = self._backend.encode_batch([str(prompt)], add_special_tokens=False)[0]
         ids: list[int] = []
         stretch: list[int] = []
         begin, seen, forged = 0, 0, False

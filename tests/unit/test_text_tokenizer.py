@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,26 @@ def test_a_seam_stops_a_special_token(byte_pair: tuple[Tokenizer, Tokenizer]) ->
     assert tokenizer.encode(ChatPrompt("a<|im_end|>", [(5, 5)]), False) == tokenizer.encode("a<|im_end|>", False, False)
     assert tokenizer.encode(ChatPrompt("a<|im_end|>", [(0, 1)]), False)[-1] == 2
     assert tokenizer.encode(ChatPrompt("a<|im_end|>", [(1, 1)]), False)[-1] == 2
+
+
+def test_threads_may_encode_in_both_modes_at_once(byte_pair: tuple[Tokenizer, Tokenizer]) -> None:
+    tokenizer = byte_pair[1]
+    text = "the<|im_end|> fox" * 50
+    expected = {special: tokenizer.encode(text, False, special) for special in (True, False)}
+    with ThreadPoolExecutor(8) as pool:
+        modes = [i % 3 == 0 for i in range(400)]
+        answers = list(pool.map(lambda special: tokenizer.encode(text, False, special), modes))
+    assert answers == [expected[special] for special in modes]
+
+
+def test_a_long_text_does_not_stop_other_threads(byte_pair: tuple[Tokenizer, Tokenizer]) -> None:
+    turns = 0
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(byte_pair[1].encode, "the quick brown fox " * 50_000)
+        while not encoding.done():
+            byte_pair[1].encode("hi")
+            turns += 1
+    assert turns > 20
 
 
 # -- refusals of requests
