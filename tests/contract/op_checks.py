@@ -115,11 +115,14 @@ def make_step(
 
 
 def _pool(inputs: Inputs, layout: Layout, used: Tensor, n_kv: int, dim: int) -> LayerKV:
-    """A pool whose slots are NaN except `used`; k and v of a slot lie together, so slots are 2 G E apart."""
+    """A pool whose slots are NaN except `used`; v and k of a slot lie together, so slots are 2 G E apart.
+
+    v first: a key written one head too far changes the next slot instead of being covered up by the value's own write.
+    """
     n_slots = int(layout.slot_of.max()) + 1
     both = torch.full((n_slots, 2, n_kv, dim), NAN, dtype=inputs.dtype, device=inputs.device)
     both[used] = inputs.normal(len(used), 2, n_kv, dim)
-    return LayerKV(both[:, 0], both[:, 1])
+    return LayerKV(both[:, 1], both[:, 0])
 
 
 def check_attention(

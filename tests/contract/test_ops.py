@@ -34,6 +34,7 @@ MIXED = ([7, 1, 20, 1], [7, 50, 61, 1])  # a prompt, a decode, a chunk after a c
 DECODE = ([1, 1, 1], [1, 70, 33])
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # the interpreter's uint32 products
     pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning"),  # idle rows of a tile; NaN
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
