@@ -79,7 +79,7 @@ def build(
     config = getattr(transformers, name + suffix)(**{**BASE, **settings, **overrides})
     model = getattr(transformers, name + "ForCausalLM")(config).eval()
     gemma = family == "gemma3"  # norms are stored less 1, embeddings are multiplied by sqrt(hidden_size)
-    randomise(model, torch.Generator().manual_seed(seed), norm_mean=1.0 - gemma, embedding_std=0.05 if gemma else 0.4)
+    randomise(model, torch.Generator().manual_seed(seed), norm_mean=1.0 - gemma, embedding_std=0.02 if gemma else 0.4)
     model.generation_config.eos_token_id = config.eos_token_id
     model.to(getattr(torch, dtype)).save_pretrained(dir, max_shard_size=max_shard_size)
     save_tokenizer(dir, config.vocab_size)
