@@ -56,6 +56,9 @@ def test_bad_options_are_one_line(smollm2_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
 class Terminal:
     """A program on a pseudo terminal."""
 
@@ -72,7 +75,7 @@ class Terminal:
         while words not in self.seen:
             assert time.monotonic() < deadline, f"no {words!r} in {self.seen[-2000:]!r}"
             if select.select([self.fd], [], [], 0.2)[0]:
-                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+                self.seen = _ESCAPES.sub("", self.seen + os.read(self.fd, 65536).decode("utf-8", "replace"))
         before, _, self.seen = self.seen.partition(words)
         return before
 
@@ -104,15 +107,15 @@ class Terminal:
 def test_a_conversation(smollm2_path: Path, tmp_path: Path) -> None:
     terminal = Terminal(command("run", str(smollm2_path), "--temperature", "0"), tmp_path)
     try:
-        terminal.until(">>> ")
+        terminal.until(">>>")
         terminal.type(f"{QUESTION}\r")
         terminal.until(ANSWER)
         first = int(re.findall(r"of (\d+) prompt", terminal.until("prompt tokens from cache") + " prompt")[-1])
-        terminal.until(">>> ")
+        terminal.until(">>>")
 
         terminal.type("/help\r")
         terminal.until("/reset")
-        terminal.until(">>> ")
+        terminal.until(">>>")
 
         terminal.type("Write a very long story about a river.\r")  # the conversation goes on: its prompt is longer
         time.sleep(1.0)
@@ -120,18 +123,18 @@ def test_a_conversation(smollm2_path: Path, tmp_path: Path) -> None:
         time.sleep(4.0)
         terminal.type("\x03")
         terminal.until("(stopped)")
-        terminal.until(">>> ")
+        terminal.until(">>>")
 
         terminal.type("/reset\r")
         terminal.until("conversation forgotten")
-        terminal.until(">>> ")
+        terminal.until(">>>")
         terminal.type(f"{QUESTION}\r")
         terminal.until(ANSWER)
         figures = terminal.until("from cache")
         cached, again = map(int, re.findall(r"(\d+) of (\d+) prompt", figures)[-1])
         assert again == first
         assert cached >= again - 1
-        terminal.until(">>> ")
+        terminal.until(">>>")
         terminal.type("\x03")  # at the prompt it does not end the program either
         terminal.until("leaves")
         terminal.type("\x04")

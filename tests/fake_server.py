@@ -1,0 +1,29 @@
+"""The real HTTP server over a scripted engine, as a process.
+
+`python -m tests.fake_server PACE_S DRAIN_S [DIE_AFTER_S]` prints its port when it serves. Answers are 20 tokens, PACE_S apart; the engine "dies" after DIE_AFTER_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from septet.serve.app import Service, Settings, bind, serve_forever
+from tests.fakes import FakeClient, session
+
+
+async def main(pace_s: float, drain_s: float, die_after_s: float) -> int:
+    client = FakeClient("x" * 20)
+    client.pause = lambda: asyncio.sleep(pace_s)
+    sock = bind("127.0.0.1", 0)
+
+    def ready() -> None:
+        print(sock.getsockname()[1], flush=True)
+        if die_after_s:
+            asyncio.get_running_loop().call_later(die_after_s, setattr, client, "dead", True)
+
+    return await serve_forever(Service(session(client), Settings(drain_s=drain_s)), sock, ready)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(*map(float, (*sys.argv[1:], "0")[:3]))))
