@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import text_tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from septet.errors import InvalidRequest
@@ -30,6 +30,7 @@ def tokenizers_(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
+@settings(deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_any_cutting_is_decode_of_the_whole(
     tokenizers_: list[Tokenizer], which: int, data: st.DataObject, skip: bool
@@ -43,6 +44,7 @@ def test_any_cutting_is_decode_of_the_whole(
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_valid_text_never_shows_a_replacement_on_the_way(tokenizers_: list[Tokenizer], which: int, text: str) -> None:
     tokenizer = tokenizers_[which]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from septet.text.stops import StopMatcher
@@ -36,11 +36,13 @@ ALPHABET = st.text("ab\n", max_size=30)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(ALPHABET, max_size=8), STOPS, st.booleans())
 def test_any_cutting_is_a_search_of_the_whole(pieces: list[str], stops: list[str], include: bool) -> None:
     assert feed(pieces, stops, include) == search_whole("".join(pieces), stops, include)
 
 
+@settings(deadline=None)
 @given(ALPHABET, STOPS)
 def test_holds_back_only_what_could_become_a_stop(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)
