@@ -1,0 +1,36 @@
+"""The real models answer as llama.cpp does: golden text, recorded as `tests/data/golden_llama_cpp.json` says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from septet import LLM, SamplingParams
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_llama_cpp.json").read_text())["models"]
+
+
+def ask(llm: LLM, rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(text, prompt tokens) for each golden row, all at once."""
+    prompts = [r for r in rows if "prompt" in r]
+    chats = [r for r in rows if "chat" in r]
+    greedy = SamplingParams(temperature=0.0, max_tokens=32)
+    outputs = dict(
+        zip([r["prompt"] for r in prompts], llm.generate([r["prompt"] for r in prompts], greedy), strict=True)
+    )
+    if chats:
+        talk = [[{"role": "user", "content": r["chat"]}] for r in chats]
+        answers = llm.chat(talk, SamplingParams(temperature=0.0, max_tokens=48))
+        outputs |= dict(zip([r["chat"] for r in chats], answers, strict=True))
+    found = [outputs[r.get("prompt") or r["chat"]] for r in rows]
+    return [(o.outputs[0].text, len(o.prompt_token_ids)) for o in found]
+
+
+@pytest.mark.parametrize("model", GOLDEN)
+def test_greedy_text_is_that_of_llama_cpp(model: str) -> None:
+    rows = GOLDEN[model]
+    with LLM(model, kernels="reference", dtype="float32", max_num_seqs=8, max_model_len=512) as llm:
+        assert ask(llm, rows) == [(r["text"], r["prompt_tokens"]) for r in rows]
