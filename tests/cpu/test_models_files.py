@@ -58,9 +58,10 @@ def test_files_give_the_logits_of_transformers(checkpoint: Path, tmp_path: Path,
     path = checkpoint if form == "safetensors" else tiny.to_gguf(checkpoint, tmp_path / "tiny.gguf")
     with torch.inference_mode():
         want = reference(checkpoint)(torch.tensor([IDS])).logits[0]
-    assert want.std() > 0.3
+    assert len(set(want.argmax(-1).tolist())) > 10, "the reference is too uniform to show a difference"
     got = harness(path).step({0: IDS})[0]
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=0.0)
+    # 1e-4, and less where the family's logits are flatter than one unit, so that the bound always says as much.
+    torch.testing.assert_close(got, want, atol=1e-4 * min(1.0, want.std().item()), rtol=0.0)
     assert torch.equal(got.argmax(-1), want.argmax(-1))
 
 
