@@ -1,6 +1,6 @@
-"""The real HTTP server over a scripted engine, as a process.
+"""The real HTTP server over a scripted engine, as a process: `python -m tests.fake_server PACE_S DRAIN_S [DIE_S]`.
 
-`python -m tests.fake_server PACE_S DRAIN_S [DIE_AFTER_S]` prints its port when it serves. Answers are 20 tokens, PACE_S apart; the engine "dies" after DIE_AFTER_S.
+Prints its port when it serves. Answers are 20 tokens, PACE_S apart; the engine "dies" after DIE_S.
 """
 
 from __future__ import annotations

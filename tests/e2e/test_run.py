@@ -104,13 +104,19 @@ class Terminal:
         os.close(self.fd)
 
 
+def figures_of(terminal: Terminal) -> tuple[int, int]:
+    """(cached, all) prompt tokens of the line after an answer."""
+    cached, n_prompt = re.findall(r"(\d+) of (\d+) prompt", terminal.until("tokens from cache"))[-1]
+    return int(cached), int(n_prompt)
+
+
 def test_a_conversation(smollm2_path: Path, tmp_path: Path) -> None:
     terminal = Terminal(command("run", str(smollm2_path), "--temperature", "0"), tmp_path)
     try:
         terminal.until(">>>")
         terminal.type(f"{QUESTION}\r")
         terminal.until(ANSWER)
-        first = int(re.findall(r"of (\d+) prompt", terminal.until("prompt tokens from cache") + " prompt")[-1])
+        _, first = figures_of(terminal)
         terminal.until(">>>")
 
         terminal.type("/help\r")
@@ -130,8 +136,7 @@ def test_a_conversation(smollm2_path: Path, tmp_path: Path) -> None:
         terminal.until(">>>")
         terminal.type(f"{QUESTION}\r")
         terminal.until(ANSWER)
-        figures = terminal.until("from cache")
-        cached, again = map(int, re.findall(r"(\d+) of (\d+) prompt", figures)[-1])
+        cached, again = figures_of(terminal)
         assert again == first
         assert cached >= again - 1
         terminal.until(">>>")

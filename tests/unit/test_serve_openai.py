@@ -164,6 +164,7 @@ def test_completion_batch_numbers_choices_by_prompt(prompt: Any) -> None:
     assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, "<a>"), (1, "<a>"), (2, "<b>"), (3, "<b>")]
     assert answer["usage"]["prompt_tokens"] == 2
     assert answer["usage"]["completion_tokens"] == 12
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 6}  # three per prompt, not per choice
 
 
 def test_completion_of_token_ids() -> None:

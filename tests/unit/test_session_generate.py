@@ -68,6 +68,7 @@ def test_stop_string_ends_text_and_engine_request(chunk: int) -> None:
     assert text_of(events) == "one two "
     assert (end_of(events).reason, end_of(events).stop_reason) == (FinishReason.STOP, "STOP")
     assert end_of(events).usage.completion_tokens == len("one two STOP")
+    assert bytes(i for e in events if isinstance(e, TextDelta) for i in e.token_ids) == b"one two STOP"
     if chunk < 18:
         assert client.aborted == [client.seen[0].id]
 

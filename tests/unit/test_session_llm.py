@@ -165,3 +165,18 @@ def test_import_is_light() -> None:
     code = "import sys, septet; septet.SamplingParams; septet.LLM; print('torch' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_progress_bar_counts_prompts_and_tokens(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    llm.generate(["a"] * 7)
+    assert capsys.readouterr().err == ""  # no terminal, no bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    llm.generate(["a"] * 7)
+    shown = capsys.readouterr().err
+    assert "7/7" in shown
+    assert "tok/s" in shown
+    llm.generate(["a"] * 7, use_tqdm=False)
+    assert capsys.readouterr().err == ""
