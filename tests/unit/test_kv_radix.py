@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from septet.kv.radix import RadixTree, common_length
 from tests.kv_oracle import ListIndex
 
-TOKENS = st.lists(st.integers(0, 2), max_size=12)
+TOKENS = st.lists(st.integers(0, 1), max_size=3) | st.lists(st.integers(0, 2), max_size=12)
 SALTS = st.sampled_from(["", "a"])
 OPS = st.lists(
     st.one_of(
@@ -88,6 +88,18 @@ def test_a_growing_leaf_stays_one_edge() -> None:
         node, _ = tree.extend(node, ids([i]), [i])
     assert tree._n_nodes == 1
     assert tree.match(ids(range(1, 101)), "") == (100, 100)
+
+
+def test_a_path_that_two_leases_end_on_does_not_grow() -> None:
+    tree = RadixTree()
+    one, _ = tree.find(ids([1, 2]), "")
+    one, _ = tree.extend(one, ids([1, 2]), [1, 2])
+    two, slots = tree.find(ids([1, 2]), "")
+    assert slots == [1, 2]
+    tree.extend(one, ids([3]), [3])
+    tree.extend(two, ids([4]), [4])
+    assert tree.match(ids([1, 2, 3, 4]), "")[0] == 3
+    assert tree.match(ids([1, 2, 4]), "")[0] == 3
 
 
 def test_stale_heap_entries_are_bounded() -> None:

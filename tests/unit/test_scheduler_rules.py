@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from septet.engine.scheduler import SchedulerLimits
@@ -224,6 +226,26 @@ def test_a_preempted_request_resumes_with_the_same_text(depth: int) -> None:
     assert all(join.n_prompt == 10 for join in joins)
 
 
+def test_a_preempted_request_stays_out_while_a_result_of_it_is_in_flight() -> None:
+    engine = Engine(rows=1, depth=2)
+    low = request("low", prompt(5), 6, priority=1)
+    engine.submit(low)
+    launched = [engine.scheduler.plan()]
+    engine.submit(request("high", prompt(5, 1)))
+    launched.append(engine.scheduler.plan())
+    assert [plan.rows[0].request for plan in launched] == ["low", "high"]
+    results = [engine.executor.launch(plan).result() for plan in launched]
+    engine.abort("high")
+    assert engine.scheduler.plan() is None, "low's first token is still on its way"
+    engine.take(engine.scheduler.commit(results[0]))
+    plan = engine.scheduler.plan()
+    assert plan.joins[0].tokens == (*low.tokens, results[0].rows[0].tokens[0])
+    engine.take(engine.scheduler.commit(results[1]))
+    engine.take(engine.scheduler.commit(engine.executor.launch(plan).result()))
+    engine.run()
+    engine.check(low)
+
+
 def test_prompt_logprobs_come_once_for_each_position_and_read_no_cache() -> None:
     engine = Engine(rows=3, budget=8, capacity=60, depth=2)
     engine.submit(request("first", prompt(30), 2))
@@ -375,3 +397,15 @@ def test_a_bad_row_ends_its_request_alone(bad: RowResult | None, says: str) -> N
     assert says in engine.got["a"].final.error
     engine.run()
     engine.check(other)
+
+
+def test_what_a_failed_request_generated_is_not_cached() -> None:
+    engine = Engine()
+    engine.submit(request("a", prompt(4), 20))
+    for _ in range(5):
+        engine.turn()
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    engine.take(engine.scheduler.commit(StepResult(plan.step, (RowResult("a", error="NaN in the logits"),))))
+    follow = prompt(4) + engine.got["a"].tokens
+    assert engine.cache.probe(array("i", [*follow, 0]))[0] == 4
