@@ -1,7 +1,7 @@
 """Facts of a model and settings of an engine: frozen, resolved once, printed at start with the reason of each value.
 
-Standard library only. `ModelConfig` is what a checkpoint says of itself, in Hugging Face's names; `EngineConfig` is what
-the user chose. Neither is edited after birth (`dataclasses.replace` makes another).
+Standard library only. `ModelConfig` is what a checkpoint says of itself, in Hugging Face's names; `EngineConfig` is
+what the user chose. Neither is edited after birth (`dataclasses.replace` makes another).
 """
 
 from __future__ import annotations

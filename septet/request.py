@@ -24,7 +24,7 @@ MAX_SEED = 2**63 - 1
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended. `stop`, `length` as OpenAI names them; `abort` when the caller left; `error` otherwise."""
+    """Why a generation ended. `stop`, `length` as OpenAI names them; `abort`: the caller left; `error` otherwise."""
 
     STOP = "stop"
     LENGTH = "length"

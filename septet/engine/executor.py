@@ -1,14 +1,15 @@
 """Who computes a plan: the seam between the scheduler and the machine.
 
-Implementations: `LocalExecutor` (a runner in this process), `EchoExecutor` (no model: tests and engine benchmarks); later
-tensor-parallel ranks, pipeline stages and a simulated clock. All receive the same `StepPlan`.
+Implementations: `LocalExecutor` (a runner in this process), `EchoExecutor` (no model: tests and engine benchmarks);
+later tensor-parallel ranks, pipeline stages and a simulated clock. All receive the same `StepPlan`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from septet.step import StepPlan, StepResult
+if TYPE_CHECKING:
+    from septet.step import StepPlan, StepResult
 
 __all__ = ["Executor", "PendingStep"]
 

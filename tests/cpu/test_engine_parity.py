@@ -48,7 +48,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rng = random.Random(request.param)
     prompts = [[rng.randrange(300) for _ in range(n)] for n in LENGTHS]
-    prompts.append(prompts[-1][:50] + [7, 8, 9])  # shares 50 tokens with the one before
+    prompts.append([*prompts[-1][:50], 7, 8, 9])  # shares 50 tokens with the one before
     answers = []
     for prompt in prompts:
         out = model.generate(

@@ -28,7 +28,7 @@ def joined(params: list[SamplingParams], tokens: list[list[int]], n_prompt: int,
     return rows
 
 
-def draw(rows: Rows, logits: torch.Tensor, which: list[int]):  # noqa: ANN201
+def draw(rows: Rows, logits: torch.Tensor, which: list[int]):
     picks = [Pick(r, LENGTH, info) for r in which if (info := rows.info[r]) is not None]
     row = torch.tensor(which)
     return sample(ReferenceOps(), logits[which], picks, rows, row, torch.full((len(which),), LENGTH))

@@ -33,12 +33,10 @@ def test_geometry_of_a_known_model() -> None:
     assert flops_per_token(LLAMA_8B, context=1000) - flops_per_token(LLAMA_8B) == 4 * 32 * 32 * 128 * 1000
 
 
-def sizes(free_gib: float, **settings: object):  # noqa: ANN201
+def sizes(free_gib: float, **settings: object):
     engine = EngineConfig(model="x", **settings)  # type: ignore[arg-type]
     weights = weight_bytes(LLAMA_8B, "bfloat16")
-    return resolve_sizes(
-        engine, LLAMA_8B, device="cuda", dtype="bfloat16", weights=weights, free=int(free_gib * GIB)
-    )
+    return resolve_sizes(engine, LLAMA_8B, device="cuda", dtype="bfloat16", weights=weights, free=int(free_gib * GIB))
 
 
 def test_the_pool_fills_what_is_left() -> None:
