@@ -108,8 +108,10 @@ def _standard_input() -> str:
 @asynccontextmanager
 async def started(model: str, options: dict[str, Any]) -> AsyncIterator[Session]:
     """A session for the block, started under a spinner and closed after it."""
+    from septet.cli.hub import fetch
     from septet.session.start import start_session
 
+    await asyncio.to_thread(fetch, model)
     begun = time.monotonic()
     with _spinner() as phase:
         session = await start_session(model, on_phase=phase, **options)
