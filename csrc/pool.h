@@ -31,8 +31,8 @@ class Pool {
   // Runs fn(thread) on all threads, thread = 0 .. size() - 1, and returns when all are done. fn must not throw.
   // Not re-entrant, one caller at a time.
   template <typename F>
-  void parallel(F&& fn) {
-    run([](void* context, int thread) { (*static_cast<F*>(context))(thread); }, const_cast<void*>(static_cast<const void*>(&fn)));
+  void parallel(const F& fn) {
+    run([](const void* context, int thread) { (*static_cast<const F*>(context))(thread); }, &fn);
   }
 
   // Inside parallel: every thread calls it the same number of times; all writes before it are seen after it.
@@ -45,9 +45,9 @@ class Pool {
   struct alignas(64) Flag {
     std::atomic<uint32_t> value{0};
   };
-  using Job = void (*)(void* context, int thread);
+  using Job = void (*)(const void* context, int thread);
 
-  void run(Job job, void* context);
+  void run(Job job, const void* context);
   void work(int thread);
   void wait_for(const std::atomic<uint32_t>& flag, uint32_t value) const;
 
@@ -58,7 +58,7 @@ class Pool {
   Flag released_;                    // barriers that all have passed, for many threads
   Flag go_;                          // runs started
   Job job_ = nullptr;
-  void* context_ = nullptr;
+  const void* context_ = nullptr;
   bool stop_ = false;
   std::atomic<int> sleeping_{0};
   std::mutex mutex_;

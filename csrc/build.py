@@ -1,0 +1,99 @@
+"""Compiles the native CPU library: `python csrc/build.py [OUTPUT]`, and from setup.py while Septet is installed.
+
+Owns the compiler's flags and which file gets which instruction set. Every csrc/*.cpp is part of the library; on x86-64 a
+name ending in _avx2 or _avx512 is compiled for that path, and all the rest for the plain architecture, so that the
+library runs on any CPU and chooses at run time. Objects are kept in build/native and made again when a source or header is
+newer. Standard library only; must not know torch or the package.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parent / "septet" / "kernels" / "native" / "libseptet_native.so"
+OBJECTS = HERE.parent / "build" / "native"
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
+WARN = ["-Wall", "-Wextra"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 takes its own headers' undefined vectors for a fault of ours (GCC bug 105593).
+AVX512 = [
+    *AVX2,
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vnni",
+]
+PATHS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildError(Exception):
+    """No compiler, or it failed: str() says which and shows its words."""
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or clang++")
+
+
+def flags(source: Path) -> list[str] | None:
+    """Compiler flags of a source; None = not for this architecture."""
+    suffix = next((s for s in PATHS if source.stem.endswith(s)), None)
+    if suffix is None:
+        return COMMON + WARN
+    return COMMON + WARN + PATHS[suffix] if platform.machine() in ("x86_64", "AMD64") else None
+
+
+def compile_one(compiler: str, source: Path, objects: Path, newest_header: float) -> Path | None:
+    options = flags(source)
+    if options is None:
+        return None
+    key = hashlib.sha256(" ".join([compiler, *options]).encode()).hexdigest()[:8]
+    target = objects / f"{source.stem}-{key}.o"
+    if not target.exists() or target.stat().st_mtime <= max(source.stat().st_mtime, newest_header):
+        partial = target.with_suffix(f".{os.getpid()}.tmp.o")
+        run([compiler, *options, "-c", str(source), "-o", str(partial)])
+        os.replace(partial, target)
+    return target
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
+    if done.stderr.strip():
+        print(done.stderr.strip(), file=sys.stderr)
+
+
+def build(output: Path = OUTPUT, objects: Path = OBJECTS) -> Path:
+    """Compile what is out of date, link to `output` (replaced in one step). BuildError if that can't be done."""
+    compiler = find_compiler()
+    objects.mkdir(parents=True, exist_ok=True)
+    newest = max(h.stat().st_mtime for h in HERE.glob("*.h"))
+    sources = sorted(HERE.glob("*.cpp"))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        made = list(threads.map(lambda s: compile_one(compiler, s, objects, newest), sources))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(f".{os.getpid()}.tmp")
+    run([compiler, "-shared", "-pthread", *(str(o) for o in made if o), "-o", str(partial)])
+    os.replace(partial, output)
+    return output
+
+
+if __name__ == "__main__":
+    try:
+        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT))
+    except BuildError as error:
+        sys.exit(f"native library not built: {error}")

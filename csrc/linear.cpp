@@ -1,0 +1,65 @@
+// What the paths share: the choice of a path's kernels, the quantised input's planes, scratch memory. See linear.h.
+#include "linear.h"
+
+#include <memory>
+#include <new>
+
+#include "kernel_tables.h"
+
+namespace septet {
+namespace {
+
+struct Scratch {
+  std::unique_ptr<char[]> memory;
+  int64_t size = 0;
+};
+
+}  // namespace
+
+const Kernels* kernels_for(Path path) {
+  if (!cpu_has(path)) return nullptr;
+#if defined(__x86_64__)
+  if (path == Path::avx512) return avx512_kernels(cpu_has_bf16());
+  if (path == Path::avx2) return avx2_kernels();
+#endif
+  return portable_kernels();
+}
+
+void* thread_scratch(int64_t bytes) {
+  static thread_local Scratch scratch;
+  if (scratch.size < bytes + 64) {
+    scratch.memory.reset(new (std::nothrow) char[static_cast<size_t>(bytes + 64)]);
+    scratch.size = scratch.memory ? bytes + 64 : 0;
+    if (!scratch.memory) return nullptr;
+  }
+  const uintptr_t at = reinterpret_cast<uintptr_t>(scratch.memory.get());
+  return scratch.memory.get() + (64 - at % 64) % 64;
+}
+
+QuantInput quant_input(const Kernels* run, void* memory, int64_t tokens, int64_t k) {
+  const int64_t blocks = (k + BLOCK - 1) / BLOCK, cells = tokens * blocks;
+  char* p = static_cast<char*>(memory);
+  const auto cut = [&](int64_t bytes) {
+    char* at = p;
+    p += (bytes + 63) / 64 * 64;
+    return at;
+  };
+  QuantInput out{};
+  out.q = reinterpret_cast<int8_t*>(cut(cells * BLOCK));
+  out.d = reinterpret_cast<float*>(cut(cells * 4));
+  out.ds = reinterpret_cast<float*>(cut(cells * 4));
+  out.sum = reinterpret_cast<int32_t*>(cut(cells * 4));
+  out.pair = reinterpret_cast<int32_t*>(cut(cells * 4));
+  out.halves = reinterpret_cast<int32_t*>(cut(cells * 8));
+  out.k_pad = blocks * BLOCK;
+  out.blocks = blocks;
+  out.run = run;
+  return out;
+}
+
+int64_t quant_bytes(int64_t tokens, int64_t k) {
+  const int64_t cells = tokens * ((k + BLOCK - 1) / BLOCK);
+  return cells * (BLOCK + 4 * 4 + 8) + 6 * 64;
+}
+
+}  // namespace septet

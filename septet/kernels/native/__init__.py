@@ -1,0 +1,1 @@
+"""The CPU path: a native library (csrc/) called through ctypes."""
