@@ -1,17 +1,18 @@
-"""The engine on a GPU: the ids of the CPU tests in float32, captured and eager; the same answer alone and in a batch."""
+"""The engine on a GPU gives the ids of the CPU tests in float32: captured and eager, chunked and preempted."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from tests.cpu.test_engine_parity import ask, oracle, start
 
 if TYPE_CHECKING:
     from tests.cpu.test_engine_parity import Oracle
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is there")]
 assert oracle  # the fixture
 
 
