@@ -6,12 +6,12 @@ name of the field (`InvalidRequest.param`), so every surface gives the same answ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from septet.errors import InvalidRequest
+from septet.structured import Structured
 
 __all__ = ["FinishReason", "Request", "SamplingParams"]
 
@@ -21,6 +21,7 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+GREEDY_BELOW = 1e-5  # temperature, as vLLM's: dividing logits by less overflows float32 long before it changes a draw
 
 
 class FinishReason(StrEnum):
@@ -33,15 +34,18 @@ class FinishReason(StrEnum):
 
 
 def _refuse(name: str, value: object, rule: str) -> InvalidRequest:
-    shown = repr(value)
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print the largest
+        shown = f"one of {value.bit_length()} bits"
+    else:
+        shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return InvalidRequest(f"{name} must be {rule}, not {shown}", param=name)
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if ok:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if ok:  # NaN and the infinities fail these comparisons, which are exact for integers of any size
         ok = (value > low if low_open else value >= low) and value <= high  # type: ignore[operator]
     if not ok:
         raise _refuse(name, value, f"a number in {'(' if low_open else '['}{low:g}, {high:g}]")
@@ -60,7 +64,7 @@ class SamplingParams:
     """
 
     n: int = 1  # completions per prompt
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0 = greedy, and so is anything below GREEDY_BELOW
     top_k: int = 0  # 0 or -1 = off
     top_p: float = 1.0
     min_p: float = 0.0
@@ -78,6 +82,7 @@ class SamplingParams:
     max_tokens: int | None = None  # None: up to the context's end
     logprobs: int | None = None  # top alternatives per output token; 0 = the chosen one only
     prompt_logprobs: int | None = None
+    structured: Structured | None = None  # a grammar that the output follows; a pydantic model or a schema's dict too
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -90,6 +95,9 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), MAX_SEED)
+        for name in ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refuse(name, getattr(self, name), "true or false")
         self._check_stops()
         self._check_bias()
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
@@ -101,9 +109,16 @@ class SamplingParams:
             if value is not None:
                 _integer(name, value, 0, MAX_LOGPROBS)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without a draw."""
+        return self.temperature < GREEDY_BELOW
+
     def _check_stops(self) -> None:
-        if isinstance(self.stop, str):
+        if not isinstance(self.stop, tuple | list):
             raise _refuse("stop", self.stop, "a tuple of strings (wrap a single string in one)")
+        if not isinstance(self.stop_token_ids, tuple | list):
+            raise _refuse("stop_token_ids", self.stop_token_ids, "a tuple of token ids")
         if len(self.stop) > MAX_STOP:
             raise _refuse("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP} strings")
         for text in self.stop:
@@ -115,6 +130,8 @@ class SamplingParams:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
 
     def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise _refuse("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise _refuse("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
         for token, bias in self.logit_bias.items():
@@ -137,3 +154,11 @@ class Request:
     priority: int = 0  # lower runs first, as vLLM's
     arrival: float = 0.0  # seconds, monotonic; ties in priority go to the earlier
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
+
+    def __post_init__(self) -> None:
+        """What the engine's decoder would not take must fail here: over there it looks like a broken connection."""
+        if not isinstance(self.id, str) or not self.id:
+            raise _refuse("id", self.id, "a non-empty string")
+        _integer("priority", self.priority, -(2**31), 2**31 - 1)
+        if not isinstance(self.cache_salt, str):
+            raise _refuse("cache_salt", self.cache_salt, "a string")

@@ -37,7 +37,7 @@ class RowInfo:
     def filters(self) -> bool:
         """Needs top-k, top-p or min-p."""
         p = self.params
-        return p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+        return not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
 
     @property
     def penalises(self) -> bool:
@@ -77,7 +77,7 @@ class Rows:
         sent = staging.send(
             [
                 np.array([j.row for j in joins], dtype=np.int64),
-                floats([p.temperature for p in params]),
+                floats([0.0 if p.greedy else p.temperature for p in params]),
                 floats([p.top_p for p in params]),
                 floats([p.min_p for p in params]),
                 np.array([max(p.top_k, 0) for p in params], dtype=np.int64),

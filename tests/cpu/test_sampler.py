@@ -129,6 +129,14 @@ def test_a_nan_row_is_marked_and_the_others_stand() -> None:
     assert draw(rows, logits, [0, 1, 2]).tokens.tolist() == [quiet[0], -1, quiet[2]]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-38, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_tiny_temperature_is_greedy_and_not_an_overflow(temperature: float, top_p: float) -> None:
+    params = [SamplingParams(temperature=temperature, top_p=top_p, seed=3, max_tokens=4)]
+    logits = torch.randn(1, VOCAB) * 5 + 50
+    assert draw(joined(params, [[1] * LENGTH], 10, ()), logits, [0]).tokens.tolist() == logits.argmax(-1).tolist()
+
+
 def test_rank_counts_from_one() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     top = top_logprobs(logits, torch.tensor([2]), 2)
