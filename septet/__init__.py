@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from septet.request import SamplingParams
     from septet.session.llm import LLM, AsyncLLM
+    from septet.structured import Structured
 
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "Structured", "__version__"]
 
 __version__ = "0.1.0"
 
-_WHERE = {"LLM": "septet.session.llm", "AsyncLLM": "septet.session.llm", "SamplingParams": "septet.request"}
+_WHERE = {
+    "LLM": "septet.session.llm",
+    "AsyncLLM": "septet.session.llm",
+    "SamplingParams": "septet.request",
+    "Structured": "septet.structured",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -84,6 +84,8 @@ class RowResult:
     logprobs: tuple[Logprobs, ...] = ()  # (n_sample,) when asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # positions start + 1 .. start + n that lie in the prompt
     error: str | None = None
+    error_kind: str = "internal_error"
+    ended: bool = False  # the last token completes the request's grammar: nothing may follow
 
 
 @dataclass(frozen=True, slots=True)

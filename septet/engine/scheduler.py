@@ -311,7 +311,7 @@ class Scheduler:
             got = results.get(row.request, _NOTHING)
             fault = _fault(row, got, self.vocab_size)
             if fault is not None:
-                updates.append(self._end(seq, FinishReason.ERROR, SeptetError(fault)))
+                updates.append(self._end(seq, FinishReason.ERROR, _error(got.error_kind, fault)))
                 continue
             if seq.lease is not None:  # else it was preempted since: its token counts, its slots are gone
                 seq.computed = row.start + row.n
@@ -351,6 +351,8 @@ class Scheduler:
             n_tokens = len(seq.tokens)
             if token in seq.stops and n_tokens - seq.n_prompt > seq.request.params.min_tokens:
                 reason, stop_token = FinishReason.STOP, token
+            elif got.ended:
+                reason = FinishReason.STOP
             elif n_tokens >= seq.limit:
                 reason = FinishReason.LENGTH
             self._tally.generated_tokens += 1
@@ -403,6 +405,10 @@ def _join(seq: Sequence) -> Join:
     return Join(
         request.id, seq.row, tuple(seq.tokens), seq.n_prompt, prefix, request.params, tuple(request.eos_token_ids)
     )
+
+
+def _error(kind: str, message: str) -> SeptetError:
+    return InvalidRequest(message) if kind == InvalidRequest.kind else SeptetError(message)
 
 
 def _fault(row: PlanRow, got: RowResult, vocab_size: int) -> str | None:
