@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +30,7 @@ Message = Mapping[str, Any]
 MakePrompt = Callable[[], Coroutine[Any, Any, "Prompt"]]
 
 MAX_IN_FLIGHT = 1024
-"""Prompts of one call that are with the engine at a time: enough for any batch, below the queue's limit."""
+"""Choices of one call that are with the engine at a time: enough for any batch, below the queue's limit."""
 
 
 class LLM:
@@ -195,6 +195,8 @@ def _as_batch(prompts: TextOrIds | Sequence[TextOrIds]) -> list[TextOrIds]:
     """One prompt or many: a string, a mapping or a list of integers is one."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts is {repr(prompts)[:40]}, neither text nor a list", param="prompt")
     batch: list[Any] = list(prompts)
     if batch and all(not isinstance(p, str | Mapping | Sequence) for p in batch):
         return [batch]
@@ -232,6 +234,11 @@ async def _stream(
             yield output
 
 
+def _workers(params: Sequence[SamplingParams]) -> int:
+    """Prompts at a time: each is as many engine requests as it has choices."""
+    return max(1, MAX_IN_FLIGHT // max((p.n for p in params), default=1))
+
+
 async def _batch(
     session: Session,
     makers: Sequence[MakePrompt],
@@ -261,7 +268,7 @@ async def _batch(
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(MAX_IN_FLIGHT, len(prompts))):
+            for _ in range(min(_workers(params), len(prompts))):
                 group.create_task(work())
     except BaseExceptionGroup as failed:  # the first error has cancelled the others
         raise failed.exceptions[0] from None

@@ -10,6 +10,7 @@ import asyncio
 import random
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count
@@ -21,7 +22,7 @@ from septet.session.choice import Choice
 from septet.session.merge import merge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Mapping
 
     from septet.engine.client import EngineClient
     from septet.engine.messages import EngineInfo
@@ -120,6 +121,8 @@ class Session:
             ) from None
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        if not isinstance(ids, Sequence):
+            raise InvalidRequest(f"prompt is {repr(ids)[:40]}, neither text nor a list of token ids", param="prompt")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
                 shown = repr(token)[:40]

@@ -104,6 +104,38 @@ def test_a_bad_prompt_is_named_before_any_work(client: FakeClient, llm: LLM) -> 
     assert llm.generate("a")[0].outputs[0].text == "<a>"
 
 
+@pytest.mark.parametrize("prompt", [5, b"ab", ["a", 5], [1, "a"], [["a"]], [None]])
+def test_what_is_no_prompt_is_refused_as_such(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompts? (is|holds) "):
+        llm.generate(prompt)
+
+
+def test_choices_count_against_the_queue(client: FakeClient, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("septet.session.llm.MAX_IN_FLIGHT", 16)
+    most = 0
+
+    async def pause() -> None:
+        nonlocal most
+        most = max(most, len(client.seen) - len(ended))
+        await asyncio.sleep(0)
+
+    ended: list[str] = []
+    reply = client.generate
+
+    async def generate(request: Any) -> Any:
+        try:
+            async for update in reply(request):
+                yield update
+        finally:
+            ended.append(request.id)
+
+    client.pause, client.generate = pause, generate  # type: ignore[method-assign]
+    outputs = llm.generate(["a"] * 30, SamplingParams(n=4))
+    assert len(outputs) == 30
+    assert len(ended) == 120
+    assert 4 < most <= 16
+
+
 def test_an_engine_error_ends_the_call_and_the_others(client: FakeClient, llm: LLM) -> None:
     client._updates = lambda request: [1 / 0]  # type: ignore[method-assign, list-item, return-value]
     with pytest.raises(ZeroDivisionError):
