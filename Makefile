@@ -6,7 +6,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || e
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup dev demo serve check format test test-gpu bench-engine clean
+.PHONY: help setup dev demo serve check format test test-gpu bench-engine bench-cpu clean
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -51,6 +51,15 @@ test-gpu:  ## kernels and engine on this machine's GPU, with the Python that is 
 
 bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 rows, without a model
 	@$(BIN)/python -m septet.bench.engine_steps
+
+.venv-peers/.llama-cpp:
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "compiling llama.cpp for this machine (some minutes)"
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	@touch $@
+
+bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU, in one run: a table and JSON
+	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,7 +20,15 @@ LEVELS = [
     {"serve"},
     {"cli"},
 ]
-SIDEWAYS = {("layers", "weights"), ("layers", "quant"), ("bench", "engine"), ("bench", "kv"), ("bench", "session")}
+SIDEWAYS = {
+    ("layers", "weights"),
+    ("layers", "quant"),
+    ("bench", "engine"),
+    ("bench", "kv"),
+    ("bench", "session"),
+    ("bench", "hub"),
+    ("bench", "kernels"),
+}
 FORBIDDEN = {  # room -> top-level modules it must not import, even late
     "base": {"torch", "numpy", "starlette", "msgspec"},
     "hub": set(),
