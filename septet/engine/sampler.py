@@ -3,7 +3,8 @@
 Called by the runner with the logits of one step. Order of operations as in vLLM: raw logits -> repetition, frequency
 and presence penalties -> logit bias -> end ids forbidden before min_tokens -> temperature -> top-k -> top-p -> min-p ->
 one draw by the Gumbel-max trick, whose noise is a function of (seed, position, token) (see `Ops.gumbel_argmax`), so
-that a row's answer does not depend on the batch. Log-probabilities are of the raw logits, as vLLM's default.
+that a row's answer does not depend on the batch. Log-probabilities are of the raw logits, as vLLM's default. Nothing
+here waits for the device or reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from septet.engine.staging import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,16 +100,16 @@ def _adjust(logits: Tensor, pick: Pick, rows: Rows) -> None:
         counts = torch.zeros_like(logits).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
     if p.logit_bias:
-        ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=logits.device)
-        bias = torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        ids = on_device(list(p.logit_bias), torch.int64, logits.device)
+        bias = on_device(list(p.logit_bias.values()), logits.dtype, logits.device)
         logits.index_add_(0, ids, bias)
     if _too_early(pick):
-        logits.index_fill_(0, torch.tensor(pick.info.end_ids, device=logits.device), float("-inf"))
+        logits.index_fill_(0, on_device(pick.info.end_ids, torch.int64, logits.device), float("-inf"))
 
 
 def _filter(logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, temperature: Tensor) -> Tensor:
     """Set to -inf what top-k, top-p and min-p exclude; rows without a filter stay as they are."""
-    on = torch.tensor([i for i, p in enumerate(picks) if p.info.filters], device=logits.device)
+    on = on_device([i for i, p in enumerate(picks) if p.info.filters], torch.int64, logits.device)
     ks = [p.info.params.top_k for p in picks if p.info.filters]
     vocab = logits.shape[1]
     width = max(ks) if all(0 < k <= MAX_FAST_K for k in ks) else vocab  # few candidates: no full sort

@@ -1,7 +1,8 @@
-"""The one copy from host to device that a step makes: arrays packed into a pinned buffer, sent at once, split there.
+"""The way from host to device that nobody waits for: values packed into pinned memory, sent at once, split there.
 
-Used by the runner only. A ring of buffers makes reuse safe: with at most `RING - 2` steps in flight, the copy out of a
-buffer has ended before it is filled again (its step was committed).
+Used by the runner and the sampler. A step is launched while the one before it still runs, so a copy must neither wait
+for the device nor read memory that the host has filled again: each send takes pinned memory of its own, which torch's
+host allocator hands out again only after the copy out of it has ended.
 """
 
 from __future__ import annotations
@@ -16,35 +17,28 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Staging", "floats"]
-
-RING = 4
+__all__ = ["Staging", "floats", "on_device"]
 
 
 def floats(values: Sequence[float]) -> np.ndarray:
-    """Floats as the bits of float64 in int64, so that they travel with the integers; `as_floats` on the other side."""
+    """Floats as the bits of float64 in int64, so that they travel with the integers; viewed back on the other side."""
     return np.array(values, dtype=np.float64).view(np.int64)
 
 
-class Staging:
-    def __init__(self, device: torch.device, capacity: int = 1 << 16) -> None:
-        self.device = device
-        self.turn = 0
-        self.pinned = device.type == "cuda"
-        self.ring = [self._buffer(capacity) for _ in range(RING)] if self.pinned else []
+def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A short list as a device tensor, in stream order; `torch.tensor(values, device=...)` would wait for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
-    def _buffer(self, n: int) -> Tensor:
-        return torch.empty(n, dtype=torch.int64, pin_memory=True)
+
+class Staging:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def send(self, parts: Sequence[np.ndarray]) -> list[Tensor]:
         """int64 arrays -> device tensors of the same lengths (views of one buffer), in stream order."""
-        sizes = [len(p) for p in parts]
-        flat = np.concatenate(parts)
-        if not self.pinned:
-            return list(torch.from_numpy(flat).split(sizes))
-        self.turn = (self.turn + 1) % RING
-        if self.ring[self.turn].numel() < flat.size:
-            self.ring[self.turn] = self._buffer(2 * flat.size)
-        buffer = self.ring[self.turn]
-        buffer.numpy()[: flat.size] = flat
-        return list(buffer[: flat.size].to(self.device, non_blocking=True).split(sizes))
+        sizes = [len(part) for part in parts]
+        buffer = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        np.concatenate(parts, out=buffer.numpy())
+        return list(buffer.to(self.device, non_blocking=True).split(sizes))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from septet.request import Request, SamplingParams
 from tests.cpu.test_engine_parity import ask, oracle, start
 
 if TYPE_CHECKING:
@@ -37,3 +38,24 @@ def test_chunked_and_preempted_with_captured_steps(oracle: Oracle) -> None:
     engine.scheduler.estimate.ratio = 0.0
     assert ask(engine, oracle.prompts) == oracle.answers
     assert engine.scheduler.stats.preemptions > 0
+
+
+def test_a_chunk_without_a_sample_is_awaited_too(oracle: Oracle) -> None:
+    """Or the host would run ahead of the device by all chunks of a long prompt, past whoever comes meanwhile."""
+    engine = start(oracle.directory, device="cuda", kernels="triton", max_num_batched_tokens=16, enforce_eager=True)
+    prompt = max(oracle.prompts, key=len)
+    params = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+    engine.scheduler.submit(Request(id="long", tokens=tuple(prompt), params=params))
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    assert plan.rows[0].n_sample == 0
+    engine.executor.launch(plan).result()  # kernels are compiled now
+    busy = torch.ones(4096, 4096, device="cuda")
+    for _ in range(200):
+        busy = busy @ busy * 0.0 + 1.0
+    behind = torch.cuda.Event()
+    behind.record()
+    pending = engine.executor.launch(plan)  # writes the same positions again
+    assert not behind.query(), "the launch waited"
+    pending.result()
+    assert behind.query(), "the result did not wait"
