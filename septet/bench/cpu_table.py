@@ -1,4 +1,4 @@
-"""`make bench-cpu`: Septet beside llama.cpp on one machine in one run, with a bandwidth probe between; a table and JSON.
+"""`make bench-cpu`: Septet beside llama.cpp in one run, with a bandwidth probe between; a table and JSON.
 
     python -m septet.bench.cpu_table --peer-python PEER/bin/python [--rounds 3] [--models smollm2 ...] [--json PATH]
 
