@@ -1,9 +1,9 @@
 """Compiles the native CPU library: `python csrc/build.py [OUTPUT]`, and from setup.py while Septet is installed.
 
-Owns the compiler's flags and which file gets which instruction set. Every csrc/*.cpp is part of the library; on x86-64 a
-name ending in _avx2 or _avx512 is compiled for that path, and all the rest for the plain architecture, so that the
-library runs on any CPU and chooses at run time. Objects are kept in build/native and made again when a source or header is
-newer. Standard library only; must not know torch or the package.
+Owns the compiler's flags and which file gets which instruction set. Every csrc/*.cpp is part of the library; on x86-64
+a name ending in _avx2, _avx512 or _avx512bf16 is compiled for that path, all the rest for the plain architecture, so
+that the library runs on any CPU and chooses at run time. Objects are kept in build/native and made again when a source
+or header is newer. Standard library only; must not know torch or the package.
 """
 
 from __future__ import annotations

@@ -13,16 +13,23 @@ const Kernels* avx512_kernels(bool bf16);  // bf16: dense bfloat16 weights throu
 bool bf16_linear(const Packed& w, const float* x, int64_t ldx, int64_t t_count, int64_t g0, int64_t g1, float* y, int64_t ldy,
                  const float* bias);
 
-// The same input from token t on.
-static inline QuantInput quant_from(const QuantInput& in, int64_t t) {
-  QuantInput out = in;
-  out.q += t * in.k_pad;
-  out.d += t * in.blocks;
-  out.ds += t * in.blocks;
-  out.sum += t * in.blocks;
-  out.pair += t * in.blocks;
-  out.halves += 2 * t * in.blocks;
-  return out;
-}
+// 32 inputs of LANES tokens, quantised. All that a kernel reads of a block lies at constant offsets from one pointer.
+// Blocks of tokens LANES * i .. LANES * i + LANES - 1 follow each other, then those of the next tokens.
+template <int LANES>
+struct InputBlock {
+  int8_t q[8][LANES][4];   // [line][token]: inputs 4 line .. 4 line + 3
+  float d[LANES];
+  float ds[LANES];         // d * sum of q
+  int32_t sum[LANES];      // sum of q over the 32 inputs
+  int32_t pair[LANES];     // two int16: sum of q at inputs 0, 1 modulo 4 (low half) and at 2, 3 modulo 4 (high)
+  int32_t half[2][LANES];  // the same for inputs 0-15 and 16-31
+};
+
+// One token's block before it is laid out. `half`: see InputBlock.
+struct QuantBlock {
+  int8_t q[32];
+  float d;
+  int32_t half[2];
+};
 
 }  // namespace septet

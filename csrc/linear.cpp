@@ -37,29 +37,13 @@ void* thread_scratch(int64_t bytes) {
 }
 
 QuantInput quant_input(const Kernels* run, void* memory, int64_t tokens, int64_t k) {
-  const int64_t blocks = (k + BLOCK - 1) / BLOCK, cells = tokens * blocks;
-  char* p = static_cast<char*>(memory);
-  const auto cut = [&](int64_t bytes) {
-    char* at = p;
-    p += (bytes + 63) / 64 * 64;
-    return at;
-  };
-  QuantInput out{};
-  out.q = reinterpret_cast<int8_t*>(cut(cells * BLOCK));
-  out.d = reinterpret_cast<float*>(cut(cells * 4));
-  out.ds = reinterpret_cast<float*>(cut(cells * 4));
-  out.sum = reinterpret_cast<int32_t*>(cut(cells * 4));
-  out.pair = reinterpret_cast<int32_t*>(cut(cells * 4));
-  out.halves = reinterpret_cast<int32_t*>(cut(cells * 8));
-  out.k_pad = blocks * BLOCK;
-  out.blocks = blocks;
-  out.run = run;
-  return out;
+  return {static_cast<uint8_t*>(memory), (k + BLOCK - 1) / BLOCK, tokens > 1 ? 4 : 1, run};
 }
 
 int64_t quant_bytes(int64_t tokens, int64_t k) {
-  const int64_t cells = tokens * ((k + BLOCK - 1) / BLOCK);
-  return cells * (BLOCK + 4 * 4 + 8) + 6 * 64;
+  const int64_t blocks = (k + BLOCK - 1) / BLOCK;
+  const int64_t bytes = tokens > 1 ? (tokens + 3) / 4 * blocks * static_cast<int64_t>(sizeof(InputBlock<4>)) : blocks * static_cast<int64_t>(sizeof(InputBlock<1>));
+  return (bytes + 63) / 64 * 64;
 }
 
 }  // namespace septet

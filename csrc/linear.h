@@ -44,17 +44,12 @@ struct Packed {
 inline int64_t groups(const Packed& w) { return w.group_count; }
 inline bool is_dense(const Packed& w) { return w.form >= Form::bf16; }  // reads x itself, needs no QuantInput
 
-// Activations of up to T tokens as int8 in blocks of 32: x = q * d. -127 <= q <= 127. d is NaN where x is not finite.
-// All planes are row-major with one line a token; `blocks` = ceil(k / 32), the last block padded with zeros.
+// Activations of up to T tokens as int8 in blocks of 32 inputs: x = q * d, -127 <= q <= 127. d is NaN where x is not
+// finite. Laid out for the kernels (InputBlock in kernel_tables.h): `lanes` tokens side by side in each block.
 struct QuantInput {
-  int8_t* q;        // (T, k_pad)
-  float* d;         // (T, blocks)
-  float* ds;        // (T, blocks) d * sum of q of the block
-  int32_t* sum;     // (T, blocks) sum of q of the block
-  int32_t* pair;    // (T, blocks) two int16: sum of q at inputs 0, 1 modulo 4 (low half) and at 2, 3 modulo 4 (high)
-  int32_t* halves;  // (T, blocks, 2) the same for inputs 0-15 and 16-31 of the block
-  int64_t k_pad;    // k rounded up to 32
-  int64_t blocks;
+  uint8_t* data;
+  int64_t blocks;  // ceil(k / 32), the last one padded with zeros
+  int lanes;       // 1 where made for one token, else 4
   const Kernels* run;
 };
 
@@ -68,10 +63,11 @@ struct Kernels {
 
 const Kernels* kernels_for(Path path);  // nullptr where this build or this CPU lacks the path
 
-int64_t quant_bytes(int64_t tokens, int64_t k);
+int64_t quant_bytes(int64_t tokens, int64_t k);  // never less for more tokens
 QuantInput quant_input(const Kernels* run, void* memory, int64_t tokens, int64_t k);
 
-// Tokens t0 .. t1 - 1 of x (T, k), row stride ldx in floats, into lines t0 .. t1 - 1 of `out`.
+// Tokens t0 .. t1 - 1 of x (T, k), row stride ldx in floats, into tokens t0 .. t1 - 1 of `out`. (Threads share cache lines
+// less where t0 is a multiple of 4.)
 inline void quantize_rows(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {
   out.run->quantize_rows(x, ldx, k, t0, t1, out);
 }
@@ -87,7 +83,7 @@ inline void linear_part(const Packed& w, const QuantInput& qx, const float* x, i
 void dequantize_row(const Packed& w, int64_t row, float* out);
 
 // This thread's scratch: at least `bytes`, 64-byte aligned, valid until the thread's next call; freed with the thread.
-// nullptr when memory is out.
+// nullptr when memory is out. linear_part uses it.
 void* thread_scratch(int64_t bytes);
 
 }  // namespace septet

@@ -23,10 +23,15 @@ using F8 = __m256;
 using I8 = __m256i;
 
 constexpr int DIRECT = 4;                   // tokens up to which decoding in registers wins
-constexpr int TILE = 4;                     // tokens of a tile
 constexpr int64_t CHUNK_BYTES = 192 << 10;  // of quantised input that a panel's pass should find in L2
 constexpr int64_t AHEAD = 4096;             // bytes of prefetch in the stream of weights
-constexpr float TINY = 1e-30f;
+constexpr float TINY = 1e-30f;              // a block of smaller numbers counts as zero: 127 / it could overflow
+
+// Kernels get their registers to themselves; a sum is kept where it is: left alone, GCC first makes all products of a block,
+// spills them, and adds them up as a tree.
+#define APART __attribute__((noinline))
+#define KEEP(sum) __asm__("" : "+x"(sum))
+#define IN_MEMORY() __asm__ volatile("" ::: "memory")
 
 inline I8 load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline I8 spread(const void* p) {
@@ -88,29 +93,17 @@ inline Scales read_scales(const uint8_t* head, const uint8_t* block, int v) {
   return out;
 }
 
-// A token's numbers of one block.
-struct Token {
-  const int8_t* q;
-  const float *d, *ds;
-  const int32_t *sum, *pair, *halves;
-};
-
-inline Token token_of(const QuantInput& qx, int64_t t) {
-  return {qx.q + t * qx.k_pad,     qx.d + t * qx.blocks,    qx.ds + t * qx.blocks,
-          qx.sum + t * qx.blocks, qx.pair + t * qx.blocks, qx.halves + 2 * t * qx.blocks};
-}
-
 // Integer sums of 8 rows by one token over a block. Six-bit forms use both members, one for each half.
 struct Sums {
   I8 a, b;
 };
 
-template <Form F>
-inline Sums start(const Token& x, int64_t b) {
+template <Form F, int L>
+inline Sums start(const InputBlock<L>& x, int t) {
   using T = Traits<F>;
   const I8 less = _mm256_set1_epi16(-T::offset);
-  if constexpr (T::six) return {_mm256_mullo_epi16(spread(x.halves + 2 * b), less), _mm256_mullo_epi16(spread(x.halves + 2 * b + 1), less)};
-  if constexpr (T::offset != 0) return {_mm256_mullo_epi16(spread(x.pair + b), less), less};
+  if constexpr (T::six) return {_mm256_mullo_epi16(spread(&x.half[0][t]), less), _mm256_mullo_epi16(spread(&x.half[1][t]), less)};
+  if constexpr (T::offset != 0) return {_mm256_mullo_epi16(spread(&x.pair[t]), less), less};
   return {_mm256_setzero_si256(), less};
 }
 
@@ -120,32 +113,34 @@ inline void add_line(Sums& sums, I8 codes, I8 x, int i) {
   if constexpr (Traits<F>::bytes) {
     const I8 two = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     sums.a = _mm256_add_epi32(sums.a, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
+    KEEP(sums.a);
   } else {
     const I8 two = _mm256_maddubs_epi16(codes, x);
     I8& sum = Traits<F>::six && i >= 4 ? sums.b : sums.a;
     sum = _mm256_add_epi16(sum, two);
+    KEEP(sum);
   }
 }
 
 // acc += the block's part of 8 outputs. The one place that fixes the order of float operations.
-template <Form F>
-inline F8 finish(F8 acc, const Sums& sums, const Scales& scales, const Token& x, int64_t b) {
+template <Form F, int L>
+inline F8 finish(F8 acc, const Sums& sums, const Scales& scales, const InputBlock<L>& x, int t) {
   using T = Traits<F>;
   I8 total = sums.a;
   if constexpr (T::six) total = _mm256_add_epi32(_mm256_madd_epi16(sums.a, scales.s0), _mm256_madd_epi16(sums.b, scales.s1));
   else if constexpr (!T::bytes) total = _mm256_madd_epi16(sums.a, _mm256_set1_epi16(1));
-  if constexpr (T::add_back) total = _mm256_add_epi32(total, _mm256_set1_epi32(T::offset * x.sum[b]));
-  const F8 dx = _mm256_set1_ps(x.d[b]);
+  if constexpr (T::add_back) total = _mm256_add_epi32(total, _mm256_set1_epi32(T::offset * x.sum[t]));
+  const F8 dx = _mm256_broadcast_ss(&x.d[t]);
   acc = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(total), dx), scales.d, acc);
   if constexpr (T::minima && T::six) {
-    const auto half = [&](int64_t h) { return static_cast<int16_t>(x.halves[2 * b + h]) + (x.halves[2 * b + h] >> 16); };
+    const auto half = [&](int h) { return static_cast<int16_t>(x.half[h][t] & 0xffff) + (x.half[h][t] >> 16); };
     const I8 sums01 = _mm256_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(half(1)) << 16 | (static_cast<uint32_t>(half(0)) & 0xffff)));
     const F8 low = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(scales.m01, sums01)), dx);
     acc = _mm256_fnmadd_ps(low, scales.m, acc);
   } else if constexpr (T::minima && T::k_head) {
-    acc = _mm256_fnmadd_ps(_mm256_set1_ps(x.ds[b]), scales.m, acc);
+    acc = _mm256_fnmadd_ps(_mm256_broadcast_ss(&x.ds[t]), scales.m, acc);
   } else if constexpr (T::minima) {
-    acc = _mm256_fmadd_ps(_mm256_set1_ps(x.ds[b]), scales.m, acc);
+    acc = _mm256_fmadd_ps(_mm256_broadcast_ss(&x.ds[t]), scales.m, acc);
   }
   return acc;
 }
@@ -184,48 +179,44 @@ struct Decoder {
   }
 };
 
-template <Form F, int R, int J>
-inline void direct_lines(const Decoder<F>& decoder, Sums (&sums)[R], const Token (&x)[R], int64_t b) {
+template <Form F, int R, int J, int L>
+inline void direct_lines(const Decoder<F>& decoder, Sums (&sums)[R], const InputBlock<L>& x) {
   if constexpr (Traits<F>::bytes) {
     for (int i = 2 * J; i < 2 * J + 2; i++) {
       const I8 codes = load(decoder.block + 64 * i + 32 * decoder.v);
-      for (int t = 0; t < R; t++) add_line<F>(sums[t], codes, spread(x[t].q + b * BLOCK + 4 * i), i);
+      for (int t = 0; t < R; t++) add_line<F>(sums[t], codes, spread(x.q[i][t]), i);
     }
   } else {
     I8 low, high;
     decoder.template lines<J>(low, high);
-    for (int t = 0; t < R; t++) add_line<F>(sums[t], low, spread(x[t].q + b * BLOCK + 4 * J), J);
-    for (int t = 0; t < R; t++) add_line<F>(sums[t], high, spread(x[t].q + b * BLOCK + 16 + 4 * J), 4 + J);
+    for (int t = 0; t < R; t++) add_line<F>(sums[t], low, spread(x.q[J][t]), J);
+    for (int t = 0; t < R; t++) add_line<F>(sums[t], high, spread(x.q[4 + J][t]), 4 + J);
   }
 }
 
-// A group by R tokens, weights decoded in registers. c (R, 16).
-template <Form F, int R>
-void direct(const uint8_t* group, const QuantInput& qx, int64_t t0, float* c) {
+// A group by R tokens of L lanes, weights decoded in registers. x: the tokens' first block. c (R, 16).
+template <Form F, int R, int L>
+APART void direct(const uint8_t* group, const InputBlock<L>* x, int64_t blocks, float* c) {
   constexpr Shape shape = Traits<F>::shape;
-  Token x[R];
   F8 acc[R][2];
-  for (int t = 0; t < R; t++) {
-    x[t] = token_of(qx, t0 + t);
-    acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  }
+  for (int t = 0; t < R; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
   const uint8_t* p = group;
   const uint8_t* head = group;
-  for (int64_t b = 0; b < qx.blocks; b++, p += shape.block()) {
+  for (int64_t b = 0; b < blocks; b++, p += shape.block(), x++) {
     if constexpr (shape.head != 0) {
       if (b % 8 == 0) head = p, p += shape.head;
     }
     for (int line = 0; line < shape.block(); line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + line), _MM_HINT_T0);
     for (int v = 0; v < 2; v++) {
       Sums sums[R];
-      for (int t = 0; t < R; t++) sums[t] = start<F>(x[t], b);
+      for (int t = 0; t < R; t++) sums[t] = start<F>(*x, t);
       const Decoder<F> decoder(p, v);
-      direct_lines<F, R, 0>(decoder, sums, x, b);
-      direct_lines<F, R, 1>(decoder, sums, x, b);
-      direct_lines<F, R, 2>(decoder, sums, x, b);
-      direct_lines<F, R, 3>(decoder, sums, x, b);
+      direct_lines<F, R, 0>(decoder, sums, *x);
+      direct_lines<F, R, 1>(decoder, sums, *x);
+      direct_lines<F, R, 2>(decoder, sums, *x);
+      direct_lines<F, R, 3>(decoder, sums, *x);
       const Scales scales = read_scales<F>(head, p, v);
-      for (int t = 0; t < R; t++) acc[t][v] = finish<F>(acc[t][v], sums[t], scales, x[t], b);
+      for (int t = 0; t < R; t++) acc[t][v] = finish<F>(acc[t][v], sums[t], scales, *x, t);
     }
   }
   for (int t = 0; t < R; t++)
@@ -270,24 +261,20 @@ void unpack(const uint8_t* group, int64_t blocks, PanelBlock* panel) {
   }
 }
 
-// A panel by R tokens. c (R, 16), 32-byte aligned; sums of floats live there, not in registers.
+// A panel by R tokens of four lanes. x: the tokens' first block. c (R, 16), 32-byte aligned; sums of floats live there, so
+// that the registers hold integer sums only.
 template <Form F, int R>
-void tile(const PanelBlock* panel, const QuantInput& qx, int64_t t0, float* c) {
-  Token x[R];
-  for (int t = 0; t < R; t++) {
-    x[t] = token_of(qx, t0 + t);
-    _mm256_store_ps(c + 16 * t, _mm256_setzero_ps());
-    _mm256_store_ps(c + 16 * t + 8, _mm256_setzero_ps());
-  }
-  for (int64_t b = 0; b < qx.blocks; b++, panel++) {
+APART void tile(const PanelBlock* panel, const InputBlock<4>* x, int64_t blocks, float* c) {
+  for (int i = 0; i < 2 * R; i++) _mm256_store_ps(c + 8 * i, _mm256_setzero_ps());
+  for (int64_t b = 0; b < blocks; b++, panel++, x++) {
     Sums sums[R][2];
-    for (int t = 0; t < R; t++) sums[t][0] = sums[t][1] = start<F>(x[t], b);
+    for (int t = 0; t < R; t++) sums[t][0] = sums[t][1] = start<F>(*x, t);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       const I8 w0 = load(panel->codes + 64 * i), w1 = load(panel->codes + 64 * i + 32);
 #pragma GCC unroll 8
       for (int t = 0; t < R; t++) {
-        const I8 in = spread(x[t].q + b * BLOCK + 4 * i);
+        const I8 in = spread(x->q[i][t]);
         add_line<F>(sums[t][0], w0, in, i);
         add_line<F>(sums[t][1], w1, in, i);
       }
@@ -296,8 +283,9 @@ void tile(const PanelBlock* panel, const QuantInput& qx, int64_t t0, float* c) {
     for (int t = 0; t < R; t++)
       for (int v = 0; v < 2; v++) {
         float* out = c + 16 * t + 8 * v;
-        _mm256_store_ps(out, finish<F>(_mm256_load_ps(out), sums[t][v], panel->scales[v], x[t], b));
+        _mm256_store_ps(out, finish<F>(_mm256_load_ps(out), sums[t][v], panel->scales[v], *x, t));
       }
+    IN_MEMORY();
   }
 }
 
@@ -332,43 +320,49 @@ inline void store_group(const Packed& w, int64_t g, const float* c, int64_t t, i
 }
 
 // -- quantised weights ------------------------------------------------------------------------------------------------
+inline const InputBlock<4>* four(const QuantInput& qx, int64_t t) {
+  return reinterpret_cast<const InputBlock<4>*>(qx.data) + t / 4 * qx.blocks;
+}
+
+// 1 .. 4 tokens from t on, t a multiple of 4.
 template <Form F>
 void direct_any(const uint8_t* group, const QuantInput& qx, int64_t t, int64_t count, float* c) {
-  if (count == 1) direct<F, 1>(group, qx, t, c);
-  else if (count == 2) direct<F, 2>(group, qx, t, c);
-  else if (count == 3) direct<F, 3>(group, qx, t, c);
-  else direct<F, 4>(group, qx, t, c);
+  if (qx.lanes == 1) direct<F, 1, 1>(group, reinterpret_cast<const InputBlock<1>*>(qx.data), qx.blocks, c);
+  else if (count == 1) direct<F, 1, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 2) direct<F, 2, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 3) direct<F, 3, 4>(group, four(qx, t), qx.blocks, c);
+  else direct<F, 4, 4>(group, four(qx, t), qx.blocks, c);
 }
 
 template <Form F>
 void tile_any(const PanelBlock* panel, const QuantInput& qx, int64_t t, int64_t count, float* c) {
-  if (count == 1) tile<F, 1>(panel, qx, t, c);
-  else if (count == 2) tile<F, 2>(panel, qx, t, c);
-  else if (count == 3) tile<F, 3>(panel, qx, t, c);
-  else tile<F, 4>(panel, qx, t, c);
+  if (count == 1) tile<F, 1>(panel, four(qx, t), qx.blocks, c);
+  else if (count == 2) tile<F, 2>(panel, four(qx, t), qx.blocks, c);
+  else if (count == 3) tile<F, 3>(panel, four(qx, t), qx.blocks, c);
+  else tile<F, 4>(panel, four(qx, t), qx.blocks, c);
 }
 
 template <Form F>
 void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
-  alignas(64) float c[TILE * GROUP];
+  alignas(64) float c[4 * GROUP];
   void* memory = t_count > DIRECT ? thread_scratch(qx.blocks * static_cast<int64_t>(sizeof(PanelBlock))) : nullptr;
   if (!memory) {  // few tokens, or no memory for a panel
     for (int64_t g = g0; g < g1; g++)
-      for (int64_t t = 0; t < t_count; t += DIRECT) {
-        const int64_t count = t_count - t < DIRECT ? t_count - t : DIRECT;
+      for (int64_t t = 0; t < t_count; t += 4) {
+        const int64_t count = t_count - t < 4 ? t_count - t : 4;
         direct_any<F>(w.data + g * w.group_bytes, qx, t, count, c);
         store_group(w, g, c, t, count, out);
       }
     return;
   }
   PanelBlock* panel = static_cast<PanelBlock*>(memory);
-  const int64_t fit = CHUNK_BYTES / qx.k_pad / TILE * TILE, chunk = fit < 64 ? 64 : fit;
+  const int64_t fit = CHUNK_BYTES / (qx.blocks * static_cast<int64_t>(sizeof(InputBlock<4>))) * 4, chunk = fit < 64 ? 64 : fit;
   for (int64_t begin = 0; begin < t_count; begin += chunk) {
     const int64_t end = t_count - begin < chunk ? t_count : begin + chunk;
     for (int64_t g = g0; g < g1; g++) {
       unpack<F>(w.data + g * w.group_bytes, qx.blocks, panel);
-      for (int64_t t = begin; t < end; t += TILE) {
-        const int64_t count = end - t < TILE ? end - t : TILE;
+      for (int64_t t = begin; t < end; t += 4) {
+        const int64_t count = end - t < 4 ? end - t : 4;
         tile_any<F>(panel, qx, t, count, c);
         store_group(w, g, c, t, count, out);
       }
@@ -487,6 +481,24 @@ inline I8 to_bytes(const F8 (&x)[4], F8 inverse) {
   return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
+template <int L>
+inline void lay_out(InputBlock<L>& to, int t, I8 q, float d) {
+  alignas(32) int8_t bytes[32];
+  _mm256_store_si256(reinterpret_cast<I8*>(bytes), q);
+  for (int i = 0; i < 8; i++) memcpy(to.q[i][t], bytes + 4 * i, 4);
+  I8 lanes = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);  // int16: sums of neighbours; even ones: inputs 0, 1 mod 4
+  lanes = _mm256_add_epi16(lanes, _mm256_srli_si256(lanes, 8));
+  lanes = _mm256_add_epi16(lanes, _mm256_srli_si256(lanes, 4));
+  const __m128i both = _mm_add_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const int32_t pair = _mm_cvtsi128_si32(both), sum = static_cast<int16_t>(pair & 0xffff) + (pair >> 16);
+  to.d[t] = d;
+  to.ds[t] = d * static_cast<float>(sum);
+  to.sum[t] = sum;
+  to.pair[t] = pair;
+  to.half[0][t] = _mm256_cvtsi256_si32(lanes);
+  to.half[1][t] = _mm256_extract_epi32(lanes, 4);
+}
+
 void quantize_block(const float* x, int64_t t, int64_t b, QuantInput& out) {
   F8 in[4], most = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
   for (int i = 0; i < 4; i++) {
@@ -495,22 +507,11 @@ void quantize_block(const float* x, int64_t t, int64_t b, QuantInput& out) {
     poison = _mm256_fmadd_ps(in[i], _mm256_setzero_ps(), poison);  // NaN where x is not finite
   }
   const float peak = biggest(most), bad = total(poison);
-  const float inverse = peak < TINY || bad != bad ? 0.0f : 127.0f / peak;
-  const I8 q = to_bytes(in, _mm256_set1_ps(inverse));
-  _mm256_storeu_si256(reinterpret_cast<I8*>(out.q + t * out.k_pad + b * BLOCK), q);
-  I8 lanes = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);  // int16: sums of neighbours; even ones: inputs 0, 1 mod 4
-  lanes = _mm256_add_epi16(lanes, _mm256_srli_si256(lanes, 8));
-  lanes = _mm256_add_epi16(lanes, _mm256_srli_si256(lanes, 4));
-  const int32_t low = _mm256_cvtsi256_si32(lanes), high = _mm256_extract_epi32(lanes, 4);
-  const __m128i both = _mm_add_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-  const int32_t pair = _mm_cvtsi128_si32(both);
-  const int64_t at = t * out.blocks + b;
-  out.d[at] = (peak < TINY ? 0.0f : peak / 127.0f) + bad;
-  out.sum[at] = static_cast<int16_t>(pair & 0xffff) + (pair >> 16);
-  out.ds[at] = out.d[at] * static_cast<float>(out.sum[at]);
-  out.pair[at] = pair;
-  out.halves[2 * at] = low;
-  out.halves[2 * at + 1] = high;
+  const bool zero = peak < TINY || bad != bad;
+  const I8 q = to_bytes(in, _mm256_set1_ps(zero ? 0.0f : 127.0f / peak));
+  const float d = (zero ? 0.0f : peak / 127.0f) + bad;
+  if (out.lanes == 1) lay_out(reinterpret_cast<InputBlock<1>*>(out.data)[t * out.blocks + b], 0, q, d);
+  else lay_out(reinterpret_cast<InputBlock<4>*>(out.data)[t / 4 * out.blocks + b], static_cast<int>(t % 4), q, d);
 }
 
 void quantize(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {

@@ -22,9 +22,17 @@ using F16 = __m512;
 using I16 = __m512i;
 
 constexpr int DIRECT = 4;                   // tokens up to which decoding in registers wins
-constexpr int TILE = 6;                     // tokens of a tile, of two groups of rows
 constexpr int64_t CHUNK_BYTES = 384 << 10;  // of quantised input that a panel's pass should find in L2
 constexpr int64_t AHEAD = 4096;             // bytes of prefetch in the stream of weights
+
+// See linear_avx2.cpp.
+#define APART __attribute__((noinline))
+#if defined(SEPTET_SIMDE)
+#define KEEP(sum)
+#else
+#define KEEP(sum) __asm__("" : "+v"(sum))
+#endif
+#define IN_MEMORY() __asm__ volatile("" ::: "memory")
 
 inline I16 load(const void* p) { return _mm512_loadu_si512(p); }
 inline I16 spread(const void* p) {
@@ -84,57 +92,49 @@ inline Scales read_scales(const uint8_t* head, const uint8_t* block) {
   return out;
 }
 
-struct Token {
-  const int8_t* q;
-  const float *d, *ds;
-  const int32_t *sum, *halves;
-};
-
-inline Token token_of(const QuantInput& qx, int64_t t) {
-  return {qx.q + t * qx.k_pad, qx.d + t * qx.blocks, qx.ds + t * qx.blocks, qx.sum + t * qx.blocks, qx.halves + 2 * t * qx.blocks};
-}
-
 // Integer sums of 16 rows by one token over a block. Six-bit forms use both members, one for each half.
 struct Sums {
   I16 a, b;
 };
 
-inline int half_sum(const Token& x, int64_t b, int h) {
-  const int32_t two = x.halves[2 * b + h];
+template <int L>
+inline int half_sum(const InputBlock<L>& x, int t, int h) {
+  const int32_t two = x.half[h][t];
   return static_cast<int16_t>(two & 0xffff) + (two >> 16);
 }
 
-template <Form F>
-inline Sums start(const Token& x, int64_t b) {
+template <Form F, int L>
+inline Sums start(const InputBlock<L>& x, int t) {
   using T = Traits<F>;
   const I16 zero = _mm512_setzero_si512();
-  if constexpr (T::six) return {_mm512_set1_epi32(-32 * half_sum(x, b, 0)), _mm512_set1_epi32(-32 * half_sum(x, b, 1))};
-  if constexpr (T::offset != 0) return {_mm512_set1_epi32(-T::offset * x.sum[b]), zero};
+  if constexpr (T::six) return {_mm512_set1_epi32(-32 * half_sum(x, t, 0)), _mm512_set1_epi32(-32 * half_sum(x, t, 1))};
+  if constexpr (T::offset != 0) return {_mm512_set1_epi32(-T::offset * x.sum[t]), zero};
   return {zero, zero};
 }
 
 template <Form F>
 inline void add_line(Sums& sums, I16 codes, I16 x, int i) {
-  if (Traits<F>::six && i >= 4) sums.b = _mm512_dpbusd_epi32(sums.b, codes, x);
-  else sums.a = _mm512_dpbusd_epi32(sums.a, codes, x);
+  I16& sum = Traits<F>::six && i >= 4 ? sums.b : sums.a;
+  sum = _mm512_dpbusd_epi32(sum, codes, x);
+  KEEP(sum);
 }
 
 // acc += the block's part of 16 outputs. The one place that fixes the order of float operations.
-template <Form F>
-inline F16 finish(F16 acc, const Sums& sums, const Scales& scales, const Token& x, int64_t b) {
+template <Form F, int L>
+inline F16 finish(F16 acc, const Sums& sums, const Scales& scales, const InputBlock<L>& x, int t) {
   using T = Traits<F>;
   I16 total = sums.a;
   if constexpr (T::six) total = _mm512_add_epi32(_mm512_mullo_epi32(sums.a, scales.s0), _mm512_mullo_epi32(sums.b, scales.s1));
-  const F16 dx = _mm512_set1_ps(x.d[b]);
+  const F16 dx = _mm512_set1_ps(x.d[t]);
   acc = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), dx), scales.d, acc);
   if constexpr (T::minima && T::six) {
-    const uint32_t high = static_cast<uint32_t>(half_sum(x, b, 1)) << 16, low = static_cast<uint32_t>(half_sum(x, b, 0)) & 0xffff;
+    const uint32_t high = static_cast<uint32_t>(half_sum(x, t, 1)) << 16, low = static_cast<uint32_t>(half_sum(x, t, 0)) & 0xffff;
     const I16 below = _mm512_madd_epi16(scales.m01, _mm512_set1_epi32(static_cast<int32_t>(high | low)));
     acc = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(below), dx), scales.m, acc);
   } else if constexpr (T::minima && T::k_head) {
-    acc = _mm512_fnmadd_ps(_mm512_set1_ps(x.ds[b]), scales.m, acc);
+    acc = _mm512_fnmadd_ps(_mm512_set1_ps(x.ds[t]), scales.m, acc);
   } else if constexpr (T::minima) {
-    acc = _mm512_fmadd_ps(_mm512_set1_ps(x.ds[b]), scales.m, acc);
+    acc = _mm512_fmadd_ps(_mm512_set1_ps(x.ds[t]), scales.m, acc);
   }
   return acc;
 }
@@ -180,41 +180,37 @@ struct Decoder {
   static constexpr int high_line(int j) { return T::bytes ? 2 * j + 1 : 4 + j; }
 };
 
-template <Form F, int R, int J>
-inline void direct_lines(const Decoder<F>& decoder, Sums (&sums)[R], const Token (&x)[R], int64_t b) {
+template <Form F, int R, int J, int L>
+inline void direct_lines(const Decoder<F>& decoder, Sums (&sums)[R], const InputBlock<L>& x) {
   I16 low, high;
   decoder.template lines<J>(low, high);
   constexpr int l = Decoder<F>::low_line(J), h = Decoder<F>::high_line(J);
-  for (int t = 0; t < R; t++) add_line<F>(sums[t], low, spread(x[t].q + b * BLOCK + 4 * l), l);
-  for (int t = 0; t < R; t++) add_line<F>(sums[t], high, spread(x[t].q + b * BLOCK + 4 * h), h);
+  for (int t = 0; t < R; t++) add_line<F>(sums[t], low, spread(x.q[l][t]), l);
+  for (int t = 0; t < R; t++) add_line<F>(sums[t], high, spread(x.q[h][t]), h);
 }
 
-// A group by R tokens, weights decoded in registers. c (R, 16).
-template <Form F, int R>
-void direct(const uint8_t* group, const QuantInput& qx, int64_t t0, float* c) {
+// A group by R tokens of L lanes, weights decoded in registers. x: the tokens' first block. c (R, 16).
+template <Form F, int R, int L>
+APART void direct(const uint8_t* group, const InputBlock<L>* x, int64_t blocks, float* c) {
   constexpr Shape shape = Traits<F>::shape;
-  Token x[R];
   F16 acc[R];
-  for (int t = 0; t < R; t++) {
-    x[t] = token_of(qx, t0 + t);
-    acc[t] = _mm512_setzero_ps();
-  }
+  for (int t = 0; t < R; t++) acc[t] = _mm512_setzero_ps();
   const uint8_t* p = group;
   const uint8_t* head = group;
-  for (int64_t b = 0; b < qx.blocks; b++, p += shape.block()) {
+  for (int64_t b = 0; b < blocks; b++, p += shape.block(), x++) {
     if constexpr (shape.head != 0) {
       if (b % 8 == 0) head = p, p += shape.head;
     }
     for (int line = 0; line < shape.block(); line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + line), _MM_HINT_T0);
     Sums sums[R];
-    for (int t = 0; t < R; t++) sums[t] = start<F>(x[t], b);
+    for (int t = 0; t < R; t++) sums[t] = start<F>(*x, t);
     const Decoder<F> decoder(p);
-    direct_lines<F, R, 0>(decoder, sums, x, b);
-    direct_lines<F, R, 1>(decoder, sums, x, b);
-    direct_lines<F, R, 2>(decoder, sums, x, b);
-    direct_lines<F, R, 3>(decoder, sums, x, b);
+    direct_lines<F, R, 0>(decoder, sums, *x);
+    direct_lines<F, R, 1>(decoder, sums, *x);
+    direct_lines<F, R, 2>(decoder, sums, *x);
+    direct_lines<F, R, 3>(decoder, sums, *x);
     const Scales scales = read_scales<F>(head, p);
-    for (int t = 0; t < R; t++) acc[t] = finish<F>(acc[t], sums[t], scales, x[t], b);
+    for (int t = 0; t < R; t++) acc[t] = finish<F>(acc[t], sums[t], scales, *x, t);
   }
   for (int t = 0; t < R; t++) _mm512_storeu_ps(c + 16 * t, acc[t]);
 }
@@ -251,23 +247,22 @@ void unpack(const uint8_t* group, int64_t blocks, PanelBlock* panel) {
   }
 }
 
-// G groups' panels, `stride` blocks apart, by R tokens. c (G, R, 16), 64-byte aligned.
+// G groups' panels, `stride` blocks apart, by R tokens of four lanes (R <= 8). x: the tokens' first block. c (G, R, 16),
+// 64-byte aligned; sums of floats live there, so that the registers hold integer sums only.
 template <Form F, int R, int G>
-void tile(const PanelBlock* panel, int64_t stride, const QuantInput& qx, int64_t t0, float* c) {
-  Token x[R];
-  for (int t = 0; t < R; t++) x[t] = token_of(qx, t0 + t);
+APART void tile(const PanelBlock* panel, int64_t stride, const InputBlock<4>* x, int64_t blocks, float* c) {
   for (int i = 0; i < G * R; i++) _mm512_store_ps(c + 16 * i, _mm512_setzero_ps());
-  for (int64_t b = 0; b < qx.blocks; b++, panel++) {
+  for (int64_t b = 0; b < blocks; b++, panel++, x++) {
     Sums sums[R][G];
     for (int t = 0; t < R; t++)
-      for (int g = 0; g < G; g++) sums[t][g] = start<F>(x[t], b);
+      for (int g = 0; g < G; g++) sums[t][g] = start<F>(x[t / 4 * blocks], t % 4);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       I16 w[G];
       for (int g = 0; g < G; g++) w[g] = load(panel[g * stride].codes + 64 * i);
 #pragma GCC unroll 8
       for (int t = 0; t < R; t++) {
-        const I16 in = spread(x[t].q + b * BLOCK + 4 * i);
+        const I16 in = spread(x[t / 4 * blocks].q[i][t % 4]);
         for (int g = 0; g < G; g++) add_line<F>(sums[t][g], w[g], in, i);
       }
     }
@@ -275,8 +270,9 @@ void tile(const PanelBlock* panel, int64_t stride, const QuantInput& qx, int64_t
     for (int t = 0; t < R; t++)
       for (int g = 0; g < G; g++) {
         float* out = c + 16 * (g * R + t);
-        _mm512_store_ps(out, finish<F>(_mm512_load_ps(out), sums[t][g], panel[g * stride].scales, x[t], b));
+        _mm512_store_ps(out, finish<F>(_mm512_load_ps(out), sums[t][g], panel[g * stride].scales, x[t / 4 * blocks], t % 4));
       }
+    IN_MEMORY();
   }
 }
 
@@ -300,33 +296,41 @@ inline void store_group(const Packed& w, int64_t g, const float* c, int64_t t, i
 }
 
 // -- quantised weights ------------------------------------------------------------------------------------------------
+inline const InputBlock<4>* four(const QuantInput& qx, int64_t t) {
+  return reinterpret_cast<const InputBlock<4>*>(qx.data) + t / 4 * qx.blocks;
+}
+
+// 1 .. 4 tokens from t on, t a multiple of 4.
 template <Form F>
 void direct_any(const uint8_t* group, const QuantInput& qx, int64_t t, int64_t count, float* c) {
-  if (count == 1) direct<F, 1>(group, qx, t, c);
-  else if (count == 2) direct<F, 2>(group, qx, t, c);
-  else if (count == 3) direct<F, 3>(group, qx, t, c);
-  else direct<F, 4>(group, qx, t, c);
+  if (qx.lanes == 1) direct<F, 1, 1>(group, reinterpret_cast<const InputBlock<1>*>(qx.data), qx.blocks, c);
+  else if (count == 1) direct<F, 1, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 2) direct<F, 2, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 3) direct<F, 3, 4>(group, four(qx, t), qx.blocks, c);
+  else direct<F, 4, 4>(group, four(qx, t), qx.blocks, c);
 }
 
 template <Form F, int G>
-void tile_any(const PanelBlock* panel, int64_t stride, const QuantInput& qx, int64_t t, int64_t count, float* c) {
-  if (count == 1) tile<F, 1, G>(panel, stride, qx, t, c);
-  else if (count == 2) tile<F, 2, G>(panel, stride, qx, t, c);
-  else if (count == 3) tile<F, 3, G>(panel, stride, qx, t, c);
-  else if (count == 4) tile<F, 4, G>(panel, stride, qx, t, c);
-  else if (count == 5) tile<F, 5, G>(panel, stride, qx, t, c);
-  else tile<F, 6, G>(panel, stride, qx, t, c);
+void tile_any(const PanelBlock* panel, const QuantInput& qx, int64_t t, int64_t count, float* c) {
+  const InputBlock<4>* x = four(qx, t);
+  if (count == 1) tile<F, 1, G>(panel, qx.blocks, x, qx.blocks, c);
+  else if (count == 2) tile<F, 2, G>(panel, qx.blocks, x, qx.blocks, c);
+  else if (count == 3) tile<F, 3, G>(panel, qx.blocks, x, qx.blocks, c);
+  else if (count == 4) tile<F, 4, G>(panel, qx.blocks, x, qx.blocks, c);
+  else tile<F, 8, G>(panel, qx.blocks, x, qx.blocks, c);
 }
 
-// G groups from g on by tokens begin .. end - 1.
+// G groups from g on by tokens begin .. end - 1. Eight tokens a tile; six-bit forms, with two sums each, take four.
 template <Form F, int G>
 void panel_groups(const Packed& w, const QuantInput& qx, int64_t begin, int64_t end, int64_t g, PanelBlock* panel, const Out& out) {
-  alignas(64) float c[G * TILE * GROUP];
+  constexpr int64_t most = Traits<F>::six && G > 1 ? 4 : 8;
+  alignas(64) float c[G * 8 * GROUP];
   for (int i = 0; i < G; i++) unpack<F>(w.data + (g + i) * w.group_bytes, qx.blocks, panel + i * qx.blocks);
-  for (int64_t t = begin; t < end; t += TILE) {
-    const int64_t count = end - t < TILE ? end - t : TILE;
-    tile_any<F, G>(panel, qx.blocks, qx, t, count, c);
+  for (int64_t t = begin; t < end;) {
+    const int64_t left = end - t, count = left >= most ? most : left > 4 ? 4 : left;
+    tile_any<F, G>(panel, qx, t, count, c);
     for (int i = 0; i < G; i++) store_group(w, g + i, c + i * count * GROUP, t, count, out);
+    t += count;
   }
 }
 
@@ -334,17 +338,17 @@ template <Form F>
 void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
   void* memory = t_count > DIRECT ? thread_scratch(2 * qx.blocks * static_cast<int64_t>(sizeof(PanelBlock))) : nullptr;
   if (!memory) {  // few tokens, or no memory for a panel
-    alignas(64) float c[DIRECT * GROUP];
+    alignas(64) float c[4 * GROUP];
     for (int64_t g = g0; g < g1; g++)
-      for (int64_t t = 0; t < t_count; t += DIRECT) {
-        const int64_t count = t_count - t < DIRECT ? t_count - t : DIRECT;
+      for (int64_t t = 0; t < t_count; t += 4) {
+        const int64_t count = t_count - t < 4 ? t_count - t : 4;
         direct_any<F>(w.data + g * w.group_bytes, qx, t, count, c);
         store_group(w, g, c, t, count, out);
       }
     return;
   }
   PanelBlock* panel = static_cast<PanelBlock*>(memory);
-  const int64_t fit = CHUNK_BYTES / qx.k_pad / TILE * TILE, chunk = fit < 96 ? 96 : fit;
+  const int64_t fit = CHUNK_BYTES / (qx.blocks * static_cast<int64_t>(sizeof(InputBlock<4>))) * 4, chunk = fit < 96 ? 96 : fit;
   for (int64_t begin = 0; begin < t_count; begin += chunk) {
     const int64_t end = t_count - begin < chunk ? t_count : begin + chunk;
     int64_t g = g0;

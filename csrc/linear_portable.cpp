@@ -12,39 +12,66 @@ namespace {
 
 constexpr float TINY = 1e-30f;  // a block of smaller numbers counts as zero: 127 / it could overflow
 
-void quantize_block(const float* x, int64_t count, int64_t t, int64_t b, QuantInput& out) {
+int16_t low_half(int32_t two) { return static_cast<int16_t>(two & 0xffff); }
+int16_t high_half(int32_t two) { return static_cast<int16_t>(two >> 16); }
+int32_t two_halves(int low, int high) {
+  return static_cast<int32_t>(static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff));
+}
+
+template <int LANES>
+void put(QuantInput& out, int64_t t, int64_t b, const QuantBlock& block) {
+  InputBlock<LANES>& to = reinterpret_cast<InputBlock<LANES>*>(out.data)[t / LANES * out.blocks + b];
+  const int64_t lane = t % LANES;
+  for (int i = 0; i < 8; i++) memcpy(to.q[i][lane], block.q + 4 * i, 4);
+  const int low = low_half(block.half[0]) + low_half(block.half[1]), high = high_half(block.half[0]) + high_half(block.half[1]);
+  to.d[lane] = block.d;
+  to.ds[lane] = block.d * static_cast<float>(low + high);
+  to.sum[lane] = low + high;
+  to.pair[lane] = two_halves(low, high);
+  to.half[0][lane] = block.half[0];
+  to.half[1][lane] = block.half[1];
+}
+
+QuantBlock quantize_block(const float* x, int64_t count) {
   float biggest = 0, poison = 0;
   for (int64_t i = 0; i < count; i++) {
     biggest = fmaxf(biggest, fabsf(x[i]));
     poison += x[i] * 0.0f;  // NaN where x is not finite
   }
-  const bool zero = biggest < TINY;
-  const float inverse = zero || !isfinite(biggest) ? 0.0f : 127.0f / biggest;
-  int8_t* q = out.q + t * out.k_pad + b * BLOCK;
+  const bool zero = biggest < TINY || poison != poison;
+  const float inverse = zero ? 0.0f : 127.0f / biggest;
+  QuantBlock out;
   int lanes[2][2] = {{0, 0}, {0, 0}};
   for (int64_t i = 0; i < BLOCK; i++) {
-    const float scaled = i < count ? rintf(x[i] * inverse) : 0.0f;
-    const int code = !(scaled > -127.0f) ? (scaled == scaled ? -127 : 0) : scaled > 127.0f ? 127 : static_cast<int>(scaled);
-    q[i] = static_cast<int8_t>(code);
+    const int code = i < count && !zero ? static_cast<int>(rintf(x[i] * inverse)) : 0;
+    out.q[i] = static_cast<int8_t>(code);
     lanes[i / 16][i / 2 % 2] += code;
   }
-  const auto two = [](int low, int high) { return static_cast<int32_t>(static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff)); };
-  const int64_t at = t * out.blocks + b;
-  const int low = lanes[0][0] + lanes[1][0], high = lanes[0][1] + lanes[1][1];
-  out.d[at] = (zero ? 0.0f : biggest / 127.0f) + poison;
-  out.sum[at] = low + high;
-  out.ds[at] = out.d[at] * static_cast<float>(low + high);
-  out.pair[at] = two(low, high);
-  out.halves[2 * at] = two(lanes[0][0], lanes[0][1]);
-  out.halves[2 * at + 1] = two(lanes[1][0], lanes[1][1]);
+  out.d = (zero ? 0.0f : biggest / 127.0f) + poison;
+  for (int h = 0; h < 2; h++) out.half[h] = two_halves(lanes[h][0], lanes[h][1]);
+  return out;
 }
 
 void quantize(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {
   for (int64_t t = t0; t < t1; t++)
     for (int64_t b = 0; b < out.blocks; b++) {
       const int64_t left = k - b * BLOCK;
-      quantize_block(x + t * ldx + b * BLOCK, left < BLOCK ? left : BLOCK, t, b, out);
+      const QuantBlock block = quantize_block(x + t * ldx + b * BLOCK, left < BLOCK ? left : BLOCK);
+      if (out.lanes == 1) put<1>(out, t, b, block);
+      else put<4>(out, t, b, block);
     }
+}
+
+// Token t's block, as it was before it was laid out.
+template <int LANES>
+QuantBlock get(const QuantInput& qx, int64_t t, int64_t b) {
+  const InputBlock<LANES>& from = reinterpret_cast<const InputBlock<LANES>*>(qx.data)[t / LANES * qx.blocks + b];
+  const int64_t lane = t % LANES;
+  QuantBlock out;
+  for (int i = 0; i < 8; i++) memcpy(out.q + 4 * i, from.q[i][lane], 4);
+  out.d = from.d[lane];
+  for (int h = 0; h < 2; h++) out.half[h] = from.half[h][lane];
+  return out;
 }
 
 // 16 rows x 32 inputs, decoded. Row r's dot product with a token is
@@ -101,27 +128,26 @@ void decode_scales(Form form, const Shape& shape, const uint8_t* head, const uin
   }
 }
 
-int lane_sum(int32_t two) { return static_cast<int16_t>(two & 0xffff) + static_cast<int16_t>(two >> 16); }
-
-// c[r] += the tile times block b of token t.
-void multiply(const Shape& shape, const Tile& tile, const QuantInput& qx, int64_t t, int64_t b, float* c) {
-  const int8_t* x = qx.q + t * qx.k_pad + b * BLOCK;
-  const int64_t at = t * qx.blocks + b;
+// c[r] += the tile times a token's block.
+void multiply(const Shape& shape, const Tile& tile, const QuantBlock& x, float* c) {
   int32_t dot[2][16] = {};
   for (int i = 0; i < 32; i++)
-    for (int r = 0; r < 16; r++) dot[i / 16][r] += static_cast<int32_t>(tile.w[i][r]) * x[i];
+    for (int r = 0; r < 16; r++) dot[i / 16][r] += static_cast<int32_t>(tile.w[i][r]) * x.q[i];
   const bool by_half = shape.bits == 128;
   for (int r = 0; r < 16; r++) {
     const int32_t total = by_half ? dot[0][r] * tile.s[0][r] + dot[1][r] * tile.s[1][r] : dot[0][r] + dot[1][r];
-    c[r] += static_cast<float>(total) * qx.d[at] * tile.d[r];
+    c[r] += static_cast<float>(total) * x.d * tile.d[r];
   }
   if (!shape.minima) return;
-  const int s0 = lane_sum(qx.halves[2 * at]), s1 = lane_sum(qx.halves[2 * at + 1]);
-  for (int r = 0; r < 16; r++)
-    c[r] += by_half ? static_cast<float>(tile.mn[0][r] * s0 + tile.mn[1][r] * s1) * qx.d[at] * tile.m[r] : qx.ds[at] * tile.m[r];
+  const int s0 = low_half(x.half[0]) + high_half(x.half[0]), s1 = low_half(x.half[1]) + high_half(x.half[1]);
+  for (int r = 0; r < 16; r++) {
+    const int32_t below = by_half ? tile.mn[0][r] * s0 + tile.mn[1][r] * s1 : s0 + s1;
+    c[r] += static_cast<float>(below) * x.d * tile.m[r];
+  }
 }
 
-void quantized_group(const Packed& w, const QuantInput& qx, const uint8_t* group, int64_t t_count, float* c) {
+// Tokens t0 .. t0 + count - 1; c (count, 16).
+void quantized_group(const Packed& w, const QuantInput& qx, const uint8_t* group, int64_t t0, int64_t count, float* c) {
   const Shape shape = shape_of(w.form);
   const uint8_t* p = group;
   const uint8_t* head = group;
@@ -130,7 +156,8 @@ void quantized_group(const Packed& w, const QuantInput& qx, const uint8_t* group
     Tile tile;
     decode_codes(w.form, shape, p, tile);
     decode_scales(w.form, shape, head, p, tile);
-    for (int64_t t = 0; t < t_count; t++) multiply(shape, tile, qx, t, b, c + t * GROUP);
+    for (int64_t t = 0; t < count; t++)
+      multiply(shape, tile, qx.lanes == 1 ? get<1>(qx, t0 + t, b) : get<4>(qx, t0 + t, b), c + t * GROUP);
   }
 }
 
@@ -164,7 +191,7 @@ void linear(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, 
       const uint8_t* group = w.data + g * w.group_bytes;
       memset(c, 0, sizeof c);
       if (is_dense(w)) dense_group(w, x + t * ldx, ldx, group, count, c);
-      else quantized_group(w, quant_from(qx, t), group, count, c);
+      else quantized_group(w, qx, group, t, count, c);
       for (int64_t i = 0; i < count; i++)
         for (int64_t r = 0; r < rows; r++) {
           const int64_t row = g * GROUP + r;

@@ -1,7 +1,7 @@
 """The native CPU library: finding, loading and typing its C functions; which path of instructions to use.
 
-Called by `native/pack.py`, the tape and the benchmarks; built by `csrc/build.py` when Septet is installed. ctypes releases
-the GIL during each call. Nothing is kept here: who loads a library passes it on. Must not know torch.
+Called by `native/pack.py`, the tape and the benchmarks; built by `csrc/build.py` when Septet is installed. ctypes
+releases the GIL during each call. Nothing is kept here: who loads a library passes it on. Must not know torch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _REBUILD = "build it again with `python csrc/build.py`, or install Septet again"
 
 
 def load(file: Path = FILE) -> Library:
-    """Load the library. NativeUnavailable, with the reason and the way out, if it is absent, foreign or of another age."""
+    """Load the library. NativeUnavailable, with the reason and the way out, if it is absent, foreign or outdated."""
     if not file.exists():
         compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
         why = _REBUILD if compiler else "no C++ compiler was found: install g++ or clang++, then install Septet again"
