@@ -58,8 +58,10 @@ class Structured:
             )
         if (self.kind == "json_object") != (self.spec == ""):
             raise InvalidRequest(f"structured: {_words(self.kind)}", param="structured")
-        if self.after is not None and not 0 < len(self.after) <= MAX_AFTER_CHARS:
-            raise InvalidRequest(f"structured: after must have 1 to {MAX_AFTER_CHARS} characters", param="structured")
+        if self.after is not None and not _short_text(self.after):
+            raise InvalidRequest(
+                f"structured: after must be 1 to {MAX_AFTER_CHARS} ASCII characters", param="structured"
+            )
 
     @classmethod
     def json_schema(cls, schema: Any, *, after: str | None = None) -> Structured:
@@ -103,6 +105,10 @@ class Structured:
         raise InvalidRequest(
             "structured must be a septet.Structured, a pydantic model or a JSON schema as a dict", param="structured"
         )
+
+
+def _short_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_AFTER_CHARS and value.isascii()
 
 
 def _words(kind: str) -> str:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "septet"
 
 # room -> rooms it may import. Base modules (files directly under septet/) may be imported by all.
 LEVELS = [
-    {"hub", "kernels", "bench"},
+    {"hub", "kernels", "bench", "grammar"},
     {"quant", "kv", "text"},
     {"weights", "layers"},
     {"models"},
@@ -34,11 +34,22 @@ FORBIDDEN = {  # room -> top-level modules it must not import, even late
     "hub": set(),
     "kv": {"torch", "numpy"},
     "text": {"torch", "transformers"},
+    "grammar": {"torch", "transformers", "tokenizers"},
     "session": {"torch", "starlette", "uvicorn"},
     "serve": {"torch", "numpy"},
     "engine": {"starlette", "uvicorn", "tokenizers", "jinja2"},
 }
-HEAVY = {"torch", "transformers", "tokenizers", "huggingface_hub", "rich", "uvicorn", "starlette", "prompt_toolkit"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "rich",
+    "uvicorn",
+    "starlette",
+    "prompt_toolkit",
+    "llguidance",
+}
 LONG_FUNCTION, LONG_CLASS, LONG_FILE, MANY_ATTRIBUTES = 60, 500, 600, 15
 EXCEPTIONS: dict[str, str] = {}  # "path:name" -> why it may be long
 

@@ -1,0 +1,45 @@
+"""Many matchers at once: accept one token each, fill one mask each, on host threads inside the library.
+
+Called by `engine/constraints.py` once per step. A mask is one bit per token, least significant first, in int32 words;
+a set bit allows the token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from septet.machine import usable_cpus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from llguidance import LLMatcher
+
+__all__ = ["Masks", "mask_words"]
+
+MAX_THREADS = 8
+
+
+def mask_words(vocab_size: int) -> int:
+    return (vocab_size + 31) // 32
+
+
+class Masks:
+    """The library's thread pool. Not thread-safe; each call releases the interpreter."""
+
+    def __init__(self) -> None:
+        from llguidance import LLExecutor
+
+        self._executor = LLExecutor(max(1, min(MAX_THREADS, usable_cpus() // 2)))
+
+    def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:
+        """Mask of matchers[i] into out[i]; `out` (rows, words) int32, C-contiguous, at least as many rows."""
+        if not out.flags["C_CONTIGUOUS"] or out.itemsize != 4 or len(out) < len(matchers):
+            raise ValueError("out must be int32, C-contiguous, with a row for each matcher")
+        pairs = [(matcher, i) for i, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(pairs, out.ctypes.data, 4 * out.shape[1], len(out))
+
+    def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
+        """Whether each matcher took its token; one that did not is in an error state for good."""
+        return self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
