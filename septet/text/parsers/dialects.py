@@ -1,0 +1,248 @@
+"""The table of dialects: how each family of models writes tool calls and thoughts, and how to tell from its template.
+
+Names are vLLM's (`--tool-call-parser`, `--reasoning-parser`). Adding a family is adding a row here. Formats: the
+families' own chat templates and model cards.
+"""
+
+# ruff: noqa: RUF001 (DeepSeek's markers have full-width bars)
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from septet.errors import InvalidRequest
+from septet.text.parsers.forms import BracketForm, HeaderForm, JsonForm, PythonForm, TagForm
+
+if TYPE_CHECKING:
+    from septet.text.parsers.forms import Form
+
+T = TypeVar("T")
+__all__ = ["DIALECTS", "REASONING", "Dialect", "ReasoningDialect", "dialect_of", "reasoning_of", "takes_tools"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """`triggers` begin a call in free text; `noise` are markers that mean nothing by themselves and are left out."""
+
+    name: str
+    form: Form
+    triggers: tuple[str, ...] = ()
+    close: tuple[str, ...] = ()  # taken after a call where one stands there
+    noise: tuple[str, ...] = ()
+    bare: str = ""  # an answer that starts with one of these characters may be a call without any trigger
+    harmony: bool = False  # channels instead of triggers: `harmony.py` reads it all
+    begin: str = ""  # a call as a constraint writes it: begin.format(name), the arguments' JSON, end. "" = can't
+    end: str = ""
+    around: tuple[str, str] = ("", "")  # section markers around all calls of an answer
+
+    def markers(self) -> tuple[str, ...]:
+        own = (*self.triggers, *self.close, *self.noise, *filter(None, self.around))
+        return tuple(dict.fromkeys(own + (HARMONY_MARKERS if self.harmony else ())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningDialect:
+    """Thoughts between two markers at the start of an answer."""
+
+    name: str
+    open: str
+    close: str
+    assumed: bool = False  # an answer begins with thoughts even where nothing opens them
+    ends_at_call: bool = False  # a tool call's trigger ends the thoughts as well
+    noise: tuple[str, ...] = ()
+    harmony: bool = False
+
+    def markers(self) -> tuple[str, ...]:
+        return HARMONY_MARKERS if self.harmony else (self.open, self.close, *self.noise)
+
+
+HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+_JSON = JsonForm()
+_HERMES = ('<tool_call>\n{{"name": "{name}", "arguments": ', "}\n</tool_call>")
+_QWEN_CODER = TagForm(
+    name_open="<function=", name_close=">", key_open="<parameter=", key_close=">",
+    value_open="", value_close="</parameter>", end="</function>",
+)  # fmt: skip
+_GLM = TagForm(
+    name_open="", name_close="", key_open="<arg_key>", key_close="</arg_key>",
+    value_open="<arg_value>", value_close="</arg_value>", end="</tool_call>",
+)  # fmt: skip
+_MINIMAX = TagForm(
+    name_open="", name_close='">', key_open='<parameter name="', key_close='">',
+    value_open="", value_close="</parameter>", end="</invoke>",
+)  # fmt: skip
+
+_ROWS = (
+    Dialect(
+        name="hermes", form=_JSON, triggers=("<tool_call>",), close=("</tool_call>",), begin=_HERMES[0], end=_HERMES[1]
+    ),  # and Qwen 2.5 and 3
+    Dialect(
+        name="llama3_json", form=JsonForm((";",)), triggers=("<|python_tag|>",), bare="{",
+        begin='{{"name": "{name}", "parameters": ', end="}",
+    ),
+    Dialect(
+        name="pythonic", form=PythonForm(), triggers=("<|python_start|>",), close=("<|python_end|>",), bare="["
+    ),  # Llama 3.2 and 4, ToolACE
+    Dialect(
+        name="functionary", form=HeaderForm((">",)), triggers=("<function=",), close=("</function>",),
+        begin="<function={name}>", end="</function>",
+    ),  # Llama 3.1's custom calls as well
+    Dialect(
+        name="mistral", form=HeaderForm(("[ARGS]",), r"\s*([^\s\[]+)\s*(?:\[CALL_ID\].*)?", or_json=True),
+        triggers=("[TOOL_CALLS]",),
+    ),
+    Dialect(
+        name="deepseek_v3", form=HeaderForm(("<｜tool▁sep｜>",), fence=True), triggers=("<｜tool▁call▁begin｜>",),
+        close=("<｜tool▁call▁end｜>",), noise=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        begin="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>", end="<｜tool▁call▁end｜>",
+        around=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    ),  # R1 and V3.1 too
+    Dialect(
+        name="kimi_k2", form=HeaderForm(("<|tool_call_argument_begin|>",), r"\s*(?:functions\.)?([^\s:]+)(?::\d+)?\s*"),
+        triggers=("<|tool_call_begin|>",), close=("<|tool_call_end|>",),
+        noise=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        begin="<|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>", end="<|tool_call_end|>",
+        around=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    ),
+    Dialect(name="openai", form=_JSON, harmony=True),  # gpt-oss
+    Dialect(
+        name="functiongemma", form=BracketForm(("<escape>",)), triggers=("<start_function_call>",),
+        close=("<end_function_call>",),
+    ),
+    Dialect(name="gemma4", form=BracketForm(('<|"|>',)), triggers=("<|tool_call>",), close=("<tool_call|>",)),
+    Dialect(
+        name="granite", form=_JSON, triggers=("<|tool_call|>", "<tool_call>"), close=("</tool_call>",), bare="["
+    ),
+    Dialect(
+        name="phi4_mini_json", form=_JSON, triggers=("<|tool_call|>", "functools"), close=("<|/tool_call|>",),
+        begin='<|tool_call|>[{{"name": "{name}", "arguments": ', end="}]<|/tool_call|>",
+    ),
+    Dialect(name="glm45", form=_GLM, triggers=("<tool_call>",)),
+    Dialect(name="qwen3_coder", form=_QWEN_CODER, triggers=("<tool_call>",), close=("</tool_call>",)),
+    Dialect(
+        name="minimax_m2", form=_MINIMAX, triggers=('<invoke name="',),
+        noise=("<minimax:tool_call>", "</minimax:tool_call>"),
+    ),
+    Dialect(
+        name="seed_oss", form=_QWEN_CODER, triggers=("<seed:tool_call>",), close=("</seed:tool_call>",)
+    ),
+    Dialect(name="lfm2", form=PythonForm(), triggers=("<|tool_call_start|>",), close=("<|tool_call_end|>",)),
+    Dialect(name="cohere", form=_JSON, triggers=("<|START_ACTION|>",), close=("<|END_ACTION|>",)),
+    Dialect(
+        name="internlm", form=_JSON, triggers=("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"),
+        close=("<|action_end|>",),
+    ),
+    Dialect(name="jamba", form=_JSON, triggers=("<tool_calls>",), close=("</tool_calls>",)),  # and Hunyuan
+    Dialect(
+        name="json", form=JsonForm((";",)), triggers=("<tool_call>",), close=("</tool_call>",), bare="{[",
+        begin=_HERMES[0], end=_HERMES[1],
+    ),  # where the template takes tools but shows no known way
+)  # fmt: skip
+DIALECTS = {row.name: row for row in _ROWS}
+_ALIASES = {
+    "qwen": "hermes", "qwen25": "hermes", "qwen3": "hermes", "llama3": "llama3_json", "llama4_json": "llama3_json",
+    "llama4_pythonic": "pythonic", "deepseek_v31": "deepseek_v3", "deepseek_r1": "deepseek_v3",
+    "granite-20b-fc": "granite", "granite4": "hermes", "qwen3_xml": "qwen3_coder", "minimax": "minimax_m2",
+    "hunyuan_a13b": "jamba", "phi4": "phi4_mini_json", "gpt_oss": "openai", "gptoss": "openai", "harmony": "openai",
+    "xlam": "json", "glm47": "glm45", "gemma": "functiongemma", "functionary_v3": "functionary",
+}  # fmt: skip
+
+_THOUGHTS = (
+    ReasoningDialect(name="qwen3", open="<think>", close="</think>"),  # and whoever else writes think tags
+    ReasoningDialect(name="deepseek_r1", open="<think>", close="</think>", assumed=True),
+    ReasoningDialect(name="kimi_k2", open="<think>", close="</think>", ends_at_call=True),
+    ReasoningDialect(
+        name="hunyuan_a13b", open="<think>", close="</think>", noise=("<answer>\n", "\n</answer>")
+    ),
+    ReasoningDialect(name="mistral", open="[THINK]", close="[/THINK]"),
+    ReasoningDialect(name="granite", open="Here is my thought process:", close="Here is my response:"),
+    ReasoningDialect(name="seed_oss", open="<seed:think>", close="</seed:think>"),
+    ReasoningDialect(
+        name="cohere", open="<|START_THINKING|>", close="<|END_THINKING|>",
+        noise=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ),
+    ReasoningDialect(name="gemma4", open="<|channel>thought\n", close="<channel|>"),
+    ReasoningDialect(name="openai_gptoss", open="", close="", harmony=True),
+)  # fmt: skip
+REASONING = {row.name: row for row in _THOUGHTS}
+_REASONING_ALIASES = {
+    "think": "qwen3", "deepseek_v3": "qwen3", "glm45": "qwen3", "olmo3": "qwen3", "minimax_m2": "qwen3",
+    "step3": "deepseek_r1", "qwq": "deepseek_r1", "openai": "openai_gptoss", "gpt_oss": "openai_gptoss",
+    "harmony": "openai_gptoss", "magistral": "mistral",
+}  # fmt: skip
+
+# (all of these stand in the template, dialect), the most telling first
+_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("<|channel|>", "<|message|>"), "openai"),
+    (("<start_function_call>",), "functiongemma"),
+    (("<|tool_call>",), "gemma4"),
+    (("<｜tool▁sep｜>",), "deepseek_v3"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<arg_key>",), "glm45"),
+    (("<minimax:tool_call>",), "minimax_m2"),
+    (("<seed:tool_call>",), "seed_oss"),
+    (("<function=", "<parameter="), "qwen3_coder"),
+    (("<|tool_call_start|>",), "lfm2"),
+    (("<|START_ACTION|>",), "cohere"),
+    (("<|action_start|>",), "internlm"),
+    (("<|/tool_call|>",), "phi4_mini_json"),
+    (("<|tool_call|>",), "granite"),
+    (("<tool_calls>",), "jamba"),
+    (("<tool_call>",), "hermes"),
+    (("<|python_start|>",), "pythonic"),
+    (("func_name1(",), "pythonic"),
+    (("<function=",), "functionary"),
+    (("<|python_tag|>",), "llama3_json"),
+    (("<|eom_id|>",), "llama3_json"),
+)
+_THOUGHT_SIGNS = (
+    (("<|channel|>", "<|message|>"), "openai_gptoss"),
+    (("<seed:think>",), "seed_oss"),
+    (("<|START_THINKING|>",), "cohere"),
+    (("<|channel>",), "gemma4"),
+    (("[THINK]",), "mistral"),
+    (("Here is my thought process",), "granite"),
+    (("<|tool_calls_section_begin|>", "<think>"), "kimi_k2"),
+    (("<think>", "<answer>"), "hunyuan_a13b"),
+    (("</think>",), "qwen3"),
+)
+
+
+def takes_tools(template: str | None) -> bool:
+    """Whether a chat template writes the tools it is given."""
+    return template is not None and re.search(r"\btools\b", template) is not None
+
+
+def dialect_of(template: str | None, chosen: str = "auto") -> Dialect:
+    """The dialect of a template's text, or the chosen one. InvalidRequest for a name that is not in the table."""
+    if chosen != "auto":
+        return _named(DIALECTS, _ALIASES, chosen, "tool_call_parser")
+    if not takes_tools(template):
+        return DIALECTS["hermes"]  # `fallback.py` shows it to the model
+    found = _first(_SIGNS, template or "")
+    return DIALECTS[found or "json"]
+
+
+def reasoning_of(template: str | None, chosen: str = "auto") -> ReasoningDialect | None:
+    """How the model thinks, None if it does not (or `chosen` is "none")."""
+    if chosen == "none":
+        return None
+    if chosen != "auto":
+        return _named(REASONING, _REASONING_ALIASES, chosen, "reasoning_parser")
+    found = _first(_THOUGHT_SIGNS, template or "")
+    return REASONING[found] if found else None
+
+
+def _first(signs: tuple[tuple[tuple[str, ...], str], ...], template: str) -> str | None:
+    return next((name for needles, name in signs if all(needle in template for needle in needles)), None)
+
+
+def _named(table: dict[str, T], aliases: dict[str, str], name: str, param: str) -> T:
+    found = table.get(aliases.get(name, name))
+    if found is None:
+        known = ", ".join(sorted({*table, *aliases}))
+        raise InvalidRequest(f"unknown {param} {name[:80]!r}; known are auto, {known}", param=param)
+    return found

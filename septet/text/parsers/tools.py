@@ -1,0 +1,60 @@
+"""The functions a model may call, as OpenAI's `tools` describe them: plain data for prompts, parsers and constraints.
+
+Made by whoever takes a request (`serve`, the Python API); read by the forms of calls and by the session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Tool", "ToolChoice", "kind_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of an object; {} = anything
+    strict: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As templates expect it: OpenAI's own shape."""
+        function = {"name": self.name, "description": self.description, "parameters": self.schema()}
+        return {"type": "function", "function": function}
+
+    def schema(self) -> dict[str, Any]:
+        return dict(self.parameters) or {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`mode`: "none", "auto", "required" or "named" (then `name`). `parallel`: more than one call in one answer."""
+
+    tools: tuple[Tool, ...] = ()
+    mode: str = "auto"
+    name: str = ""
+    parallel: bool = True
+
+    @property
+    def forced(self) -> bool:
+        return self.mode in ("required", "named")
+
+    def allowed(self) -> tuple[Tool, ...]:
+        """The tools that this answer may call."""
+        if self.mode == "none":
+            return ()
+        return tuple(t for t in self.tools if self.mode != "named" or t.name == self.name)
+
+
+def kind_of(tool: Tool | None, parameter: str) -> str:
+    """The JSON type that the schema names for a parameter: "string", "integer" ...; "" where it does not say."""
+    properties = tool.parameters.get("properties") if tool else None
+    schema = properties.get(parameter) if isinstance(properties, Mapping) else None
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    if isinstance(schema, Mapping) and kind is None:
+        options = schema.get("enum")
+        if isinstance(options, list) and options and all(isinstance(o, str) for o in options):
+            return "string"
+    return kind if isinstance(kind, str) else ""
