@@ -50,9 +50,10 @@ def test_clean_keeps_ordinary_text():
 
 
 def test_clean_cuts_a_huge_value_quickly_and_says_so():
-    began = time.perf_counter()
-    out = clean("x\n" * 50_000_000, 100)
-    assert time.perf_counter() - began < 0.5
+    huge = "x\n" * 50_000_000
+    began = time.process_time()
+    out = clean(huge, 100)
+    assert time.process_time() - began < 0.1
     assert len(out) < 300
     assert "99999900 more characters" in out
 
