@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from septet.engine.forward import EagerForward, TapeForward, record
 from septet.engine.local import LocalExecutor
 from septet.engine.messages import EngineInfo
 from septet.engine.pool import allocate_pool
@@ -29,7 +30,9 @@ from septet.weights.load import open_source
 
 if TYPE_CHECKING:
     from septet.config import EngineConfig, ModelConfig
-    from septet.kernels.ops import Ops
+    from septet.engine.forward import Forward
+    from septet.kernels.ops import LayerKV, Ops
+    from septet.models.registry import Model
     from septet.weights.source import Source
 
 __all__ = ["build_executor"]
@@ -45,23 +48,28 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     began = time.perf_counter()
     model_config = read_model_config(Path(config.model))
     device, why_device = _device(config)
-    dtype, why_dtype = _dtype(config, model_config, device)
     ops, why_ops = _ops(config, device)
+    native = ops.name == "native"
+    dtype, why_dtype = _dtype(config, model_config, device, native)
+    kv_dtype = "float16" if native and config.dtype == "auto" else dtype
     overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
     captured = device.type == "cuda" and not config.enforce_eager and ops.name != "reference"
-    sizes = _sizes(config, model_config, device, dtype)
+    sizes = _sizes(config, model_config, device, dtype, kv_dtype)
     with torch.inference_mode():
         source = _source(config, model_config, ops, device, DTYPES[dtype])
         build = Build(model_config, ops, source, device, DTYPES[dtype], max_len=sizes.max_model_len + 1)
         model = load_model(build)
-        kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[dtype], device)
+        kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[kv_dtype], device)
         rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
-    runner = Runner(model, ops, kv, rows, Staging(device))
+        forward, runner_ops = _forward(model, ops, kv)
+    runner = Runner(forward, runner_ops, kv, rows, Staging(device))
     if captured:
-        _capture(runner, sizes)
+        _capture(runner, model, sizes)
+    del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
         ("device", str(device), why_device),
         ("dtype", dtype, why_dtype),
+        ("kv_dtype", kv_dtype, "halves the pool, and half the bytes to read" if kv_dtype != dtype else "as dtype"),
         ("kernels", ops.name, why_ops),
         (
             "overlap",
@@ -78,7 +86,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         num_kv_slots=sizes.num_kv_slots,
-        kv_bytes_per_token=kv_bytes_per_token(model_config, dtype),
+        kv_bytes_per_token=kv_bytes_per_token(model_config, kv_dtype),
         weight_bytes=weight_bytes(model_config, dtype),
         device=str(device),
         dtype=dtype,
@@ -110,11 +118,15 @@ def _device(config: EngineConfig) -> tuple[torch.device, str]:
     return (torch.device("cuda"), "a GPU is there") if there else (torch.device("cpu"), "no GPU is there")
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> tuple[str, str]:
+def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device, native: bool) -> tuple[str, str]:
     if config.dtype != "auto":
         if config.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}", param="dtype")
         return config.dtype, "as asked"
+    if native and Path(config.model).is_dir():
+        return model.dtype, "the checkpoint's own for its weights; activations are float32"
+    if native:
+        return "float32", "of activations; weights stay as the file has them"
     if device.type == "cpu":
         return "float32", "the reference kernels on a CPU are fastest and most exact in float32"
     if model.dtype == "float32":
@@ -136,10 +148,34 @@ def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
         from septet.kernels.reference import ReferenceOps
 
         return ReferenceOps(), why
-    raise InvalidRequest(f"kernels must be auto, reference or triton, not {config.kernels!r}", param="kernels")
+    if wanted == "native":
+        if device.type != "cpu":
+            raise InvalidRequest(f"kernels native run on the CPU, not on {device.type}", param="kernels")
+        return _native_ops(why)
+    raise InvalidRequest(f"kernels must be auto, reference, triton or native, not {config.kernels!r}", param="kernels")
 
 
-def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: str) -> Sizes:
+def _native_ops(why: str) -> tuple[Ops, str]:
+    from septet.kernels.native.library import Pool, load
+    from septet.kernels.native.record import TapeOps
+
+    library = load()
+    ops = TapeOps(library, Pool(library))
+    return ops, f"{why}; path {ops.packer.path} ({ops.packer.reason}), {ops.pool.threads} threads"
+
+
+def _forward(model: Model, ops: Ops, kv: list[LayerKV]) -> tuple[Forward, Ops]:
+    """How the runner computes logits, and with which ops it chooses tokens."""
+    if ops.name != "native":
+        return EagerForward(model, ops), ops
+    from septet.kernels.native.ops import NativeOps
+    from septet.kernels.native.record import TapeOps
+
+    assert isinstance(ops, TapeOps)
+    return TapeForward(record(model, ops, kv)), NativeOps(ops.library, ops.pool, ops.packer.path)
+
+
+def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: str, kv_dtype: str) -> Sizes:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
@@ -150,7 +186,7 @@ def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, dtype
             f"the weights need {weights >> 20} MiB in {dtype}, but {free >> 20} MiB are free on {device.type}: "
             "close other programs, choose a smaller dtype, or a smaller model"
         )
-    return resolve_sizes(config, model, device=device.type, dtype=dtype, weights=weights, free=free)
+    return resolve_sizes(config, model, device=device.type, dtype=kv_dtype, weights=weights, free=free)
 
 
 def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Source:
@@ -163,8 +199,8 @@ def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.de
     return open_source(Path(config.model), model, ops, device, dtype)
 
 
-def _capture(runner: Runner, sizes: Sizes) -> None:
+def _capture(runner: Runner, model: Model, sizes: Sizes) -> None:
     from septet.engine.graphs import DecodeGraphs, bucket_sizes
 
-    runner.graphs = DecodeGraphs(runner, bucket_sizes(sizes.max_num_seqs), sizes.max_model_len)
+    runner.graphs = DecodeGraphs(runner, model, bucket_sizes(sizes.max_num_seqs), sizes.max_model_len)
     runner.graphs.capture_all()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.engine.runner import Runner
+    from septet.models.registry import Model
     from septet.step import PlanRow
 
 __all__ = ["DecodeGraphs", "bucket_sizes"]
@@ -54,8 +55,9 @@ class Captured:
 
 
 class DecodeGraphs:
-    def __init__(self, runner: Runner, sizes: Sequence[int], max_kv: int) -> None:
+    def __init__(self, runner: Runner, model: Model, sizes: Sequence[int], max_kv: int) -> None:
         self.runner = runner
+        self.model = model
         self.sizes = sorted(sizes)
         self.max_kv = max_kv
         self.inputs = torch.zeros(3, self.sizes[-1], dtype=torch.int64, device=runner.staging.device)
@@ -113,8 +115,8 @@ class DecodeGraphs:
     def _forward(self, row: Tensor, start: Tensor, slots: Tensor) -> Tensor:
         runner = self.runner
         ids, layout = lay_out_decode(runner.rows, row, start, slots, self.max_kv)
-        hidden = runner.model.hidden(ForwardBatch(ids, layout, runner.kv, start))
-        return runner.model.logits(hidden)
+        hidden = self.model.hidden(ForwardBatch(ids, layout, runner.kv, start))
+        return self.model.logits(hidden)
 
     def _sample(self, row: Tensor, start: Tensor, logits: Tensor) -> Tensor:
         rows = self.runner.rows

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.forward import Forward
     from septet.engine.graphs import DecodeGraphs
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
     from septet.kernels.ops import LayerKV, Ops
-    from septet.models.registry import Model
     from septet.step import PlanRow, StepPlan
 
 __all__ = ["Runner", "StepOnDevice"]
@@ -130,8 +130,8 @@ class Sent:
 
 
 class Runner:
-    def __init__(self, model: Model, ops: Ops, kv: list[LayerKV], rows: Rows, staging: Staging) -> None:
-        self.model = model
+    def __init__(self, forward: Forward, ops: Ops, kv: list[LayerKV], rows: Rows, staging: Staging) -> None:
+        self.forward = forward
         self.ops = ops
         self.kv = kv
         self.rows = rows
@@ -167,11 +167,10 @@ class Runner:
             max_q = max(row.n for row in plan.rows)
             ids, layout = lay_out(self.rows, sent.row, sent.start, sent.n, sent.slots, max_q, max_kv)
         batch = ForwardBatch(ids, layout, self.kv, sent.logits_at)
-        hidden = self.model.hidden(batch)
-        prompts = self._prompt_logprobs(plan.rows, hidden)
-        if not picks:
-            return StepOnDevice(plan.step, picks, None, None, prompts)
-        logits = self.model.logits(self.ops.take_rows(hidden, sent.logits_at))
+        logits = self.forward.run(batch, wanted=bool(picks))
+        prompts = self._prompt_logprobs(plan.rows)
+        if logits is None:
+            return StepOnDevice(plan.step, picks, HostCopy(sent.start[:1]), None, prompts)  # only to be waited for
         sampled = sample(self.ops, logits, [p for _, p in picks], self.rows, sent.pick_row, sent.pick_position)
         return self._written(plan, picks, sampled, sent.pick_row, sent.pick_position, prompts)
 
@@ -213,7 +212,7 @@ class Runner:
         )
         return Sent(*self.staging.send([np.array(part, dtype=np.int64) for part in parts]))
 
-    def _prompt_logprobs(self, plan_rows: Sequence[PlanRow], hidden: Tensor) -> list[PromptPart]:
+    def _prompt_logprobs(self, plan_rows: Sequence[PlanRow]) -> list[PromptPart]:
         parts, lo = [], 0
         for row in plan_rows:
             info = self.rows.info[row.row]
@@ -221,15 +220,16 @@ class Runner:
                 n = min(row.n, info.n_prompt - 1 - row.start)  # positions start + 1 .. start + n, in the prompt
                 k = info.params.prompt_logprobs or 0
                 if n > 0:
-                    parts.append(self._prompt_part(row, hidden[lo : lo + n], k))
+                    parts.append(self._prompt_part(row, lo, n, k))
             lo += row.n
         return parts
 
-    def _prompt_part(self, row: PlanRow, hidden: Tensor, k: int) -> PromptPart:
-        n = hidden.shape[0]
+    def _prompt_part(self, row: PlanRow, first: int, n: int, k: int) -> PromptPart:
+        """Tokens first .. first + n - 1 of the step: what they say of the tokens after them."""
         tokens = self.rows.tokens[row.row, row.start + 1 : row.start + 1 + n].long()
+        at = torch.arange(first, first + n, device=tokens.device)
         slices = []
         for lo in range(0, n, LOGPROB_ROWS):
-            logits = self.model.logits(hidden[lo : lo + LOGPROB_ROWS]).float()
+            logits = self.forward.logits(at[lo : lo + LOGPROB_ROWS]).float()
             slices.append(LogprobsCopy(top_logprobs(logits, tokens[lo : lo + LOGPROB_ROWS], k)))
         return PromptPart(row.request, HostCopy(tokens.clone()), slices, k)

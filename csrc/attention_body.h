@@ -1,0 +1,298 @@
+// Attention over slots of one token each. Included once per path, after lanes.h; see step_kernels.h.
+//
+// One token (decode): keys and values of up to a part's positions, dot products and weighted sums for all query heads of
+// the kv head together, so that each key is read once. Many tokens (prompts): tiles of TILE_KEYS positions, keys turned
+// into columns, both products by one register-blocked kernel, softmax kept up to date per query (arXiv 2205.14135).
+#pragma once
+
+#include "elementwise_body.h"
+#include "lanes.h"
+#include "step_kernels.h"
+
+namespace septet {
+namespace {
+
+constexpr float NOTHING = -INFINITY;
+
+inline int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
+
+// Slot `slot` of keys or values as floats: dim of them, zeros up to padded(dim).
+inline void fetch(const void* base, Store kind, int64_t at, int64_t dim, float* out) {
+  int64_t i = 0;
+  if (kind == Store::f16) {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + at;
+    for (; i + LANES <= dim; i += LANES) store(out + i, load_half(p + i));
+    for (; i < dim; i++) out[i] = half_float(p[i]);
+  } else if (kind == Store::bf16) {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + at;
+    for (; i + LANES <= dim; i += LANES) store(out + i, load_bf16(p + i));
+    for (; i < dim; i++) out[i] = float_of_bf16(p[i]);
+  } else {
+    const float* p = static_cast<const float*>(base) + at;
+    for (; i + LANES <= dim; i += LANES) store(out + i, load(p + i));
+    for (; i < dim; i++) out[i] = p[i];
+  }
+  for (const int64_t end = padded(dim); i < end; i++) out[i] = 0.0f;
+}
+
+// H dot products of queries q (stride ld) with the 4 keys at k (stride ld) -> s[h * ld_s + 0 .. 3].
+template <int H>
+inline void dots(const float* q, const float* k, int64_t ld, float* s, int64_t ld_s) {
+  F sum[H][4];
+  for (int h = 0; h < H; h++)
+    for (int p = 0; p < 4; p++) sum[h][p] = zero();
+  for (int64_t i = 0; i < ld; i += LANES)
+    for (int h = 0; h < H; h++) {
+      const F a = load(q + h * ld + i);
+      for (int p = 0; p < 4; p++) sum[h][p] = fma(a, load(k + p * ld + i), sum[h][p]);
+    }
+  for (int h = 0; h < H; h++)
+    for (int p = 0; p < 4; p++) s[h * ld_s + p] = total(sum[h][p]);
+}
+
+// out[h] (ld) = sum over n positions of w[h * ld_w + p] * v[p * ld].
+template <int H>
+inline void weighted(const float* w, int64_t ld_w, const float* v, int64_t ld, int64_t n, float* out, int64_t ld_out) {
+  for (int64_t i = 0; i < ld; i += 4 * LANES) {
+    const int wide = static_cast<int>(ld - i < 4 * LANES ? (ld - i) / LANES : 4);
+    F sum[H][4];
+    for (int h = 0; h < H; h++)
+      for (int j = 0; j < 4; j++) sum[h][j] = zero();
+    if (wide == 4) {
+      for (int64_t p = 0; p < n; p++)
+        for (int h = 0; h < H; h++) {
+          const F a = spread(w[h * ld_w + p]);
+          for (int j = 0; j < 4; j++) sum[h][j] = fma(a, load(v + p * ld + i + j * LANES), sum[h][j]);
+        }
+    } else {
+      for (int64_t p = 0; p < n; p++)
+        for (int h = 0; h < H; h++) {
+          const F a = spread(w[h * ld_w + p]);
+          for (int j = 0; j < wide; j++) sum[h][j] = fma(a, load(v + p * ld + i + j * LANES), sum[h][j]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+      for (int j = 0; j < wide; j++) store(out + h * ld_out + i + j * LANES, sum[h][j]);
+  }
+}
+
+constexpr int64_t ONE_KEYS = 64;  // positions converted at a time
+
+int64_t scratch_one(const AttendShape& shape) {
+  const int64_t ld = padded(shape.dim);
+  return 4 * (2 * shape.heads * ld + ONE_KEYS * ld + shape.heads * 256);
+}
+
+// Scores of positions first .. last - 1 -> s (heads, n), scaled and capped.
+void score_one(const AttendShape& shape, const AttendOne& task, const float* q, float* keys, float* s, int64_t n) {
+  const int64_t ld = padded(shape.dim);
+  for (int64_t base = 0; base < n; base += ONE_KEYS) {
+    const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
+    for (int64_t p = 0; p < count; p++)
+      fetch(task.kv.k, task.kv.store, task.slots[task.first + base + p] * task.kv.k_stride, shape.dim, keys + p * ld);
+    for (int64_t p = 0; p < count; p += 4) {  // the last few read stale keys: their scores are not used
+      int64_t h = 0;
+      for (; h + 2 <= shape.heads; h += 2) dots<2>(q + h * ld, keys + p * ld, ld, s + h * 256 + base + p, 256);
+      if (h < shape.heads) dots<1>(q + h * ld, keys + p * ld, ld, s + h * 256 + base + p, 256);
+    }
+  }
+  for (int64_t h = 0; h < shape.heads; h++) {
+    scale_row(s + h * 256, shape.scale, n);
+    if (shape.cap != 0.0f) soft_cap(s + h * 256, shape.cap, n, s + h * 256);
+  }
+}
+
+inline float largest_of(const float* x, int64_t n) {
+  float most = NOTHING;
+  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+// At most 256 positions.
+void attend_one(const AttendShape& shape, const AttendOne& task, void* scratch) {
+  const int64_t ld = padded(shape.dim), n = task.last - task.first;
+  float* q = static_cast<float*>(scratch);
+  float* acc = q + shape.heads * ld;
+  float* rows = acc + shape.heads * ld;
+  float* s = rows + ONE_KEYS * ld;
+  for (int64_t h = 0; h < shape.heads; h++) fetch(task.q, Store::f32, h * shape.dim, shape.dim, q + h * ld);
+  score_one(shape, task, q, rows, s, n);
+  const int64_t ld_part = shape.dim + 2;
+  for (int64_t h = 0; h < shape.heads; h++) {
+    float* part = task.part + h * ld_part;
+    part[0] = largest_of(s + h * 256, n);
+    exps(s + h * 256, n, part[0], 1.0f, s + h * 256);
+    float sum = 0;
+    for (int64_t p = 0; p < n; p++) sum += s[h * 256 + p];
+    part[1] = sum;
+    memset(part + 2, 0, static_cast<size_t>(shape.dim) * 4);
+  }
+  for (int64_t base = 0; base < n; base += ONE_KEYS) {
+    const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
+    for (int64_t p = 0; p < count; p++)
+      fetch(task.kv.v, task.kv.store, task.slots[task.first + base + p] * task.kv.v_stride, shape.dim, rows + p * ld);
+    int64_t h = 0;
+    for (; h + 2 <= shape.heads; h += 2) weighted<2>(s + h * 256 + base, 256, rows, ld, count, acc + h * ld, ld);
+    if (h < shape.heads) weighted<1>(s + h * 256 + base, 256, rows, ld, count, acc + h * ld, ld);
+    for (h = 0; h < shape.heads; h++) {
+      float* part = task.part + h * ld_part + 2;
+      add_rows(part, acc + h * ld, shape.dim, part);
+    }
+  }
+}
+
+void merge(const float* parts, int64_t count, int64_t stride, int64_t dim, float* out) {
+  float most = NOTHING, sum = 0;
+  bool poisoned = false;
+  for (int64_t c = 0; c < count; c++) {
+    most = parts[c * stride] > most ? parts[c * stride] : most;
+    poisoned |= parts[c * stride + 1] != parts[c * stride + 1];
+  }
+  memset(out, 0, static_cast<size_t>(dim) * 4);
+  for (int64_t c = 0; c < count; c++) {
+    const float* part = parts + c * stride;
+    const float weight = poisoned ? NAN : part[0] == most ? 1.0f : expf(part[0] - most);
+    sum += weight * part[1];
+    const F w = spread(weight);
+    lanes_of(dim, [&](int64_t i, int m) { put(out + i, m, fma(w, get(part + 2 + i, m), get(out + i, m))); });
+  }
+  scale_row(out, 1.0f / sum, dim);
+}
+
+#if SEPTET_LANES == 16
+constexpr int ROWS = 8, COLS = 2;  // of the register block: ROWS values by COLS vectors
+#else
+constexpr int ROWS = 6, COLS = 2;
+#endif
+
+// c (R rows, COLS vectors) (+)= a (R, depth) b (depth, COLS vectors); strides in floats.
+template <int R>
+inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool more) {
+  F sum[R][COLS];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < COLS; j++) sum[r][j] = more ? load(c + r * ldc + j * LANES) : zero();
+  for (int64_t k = 0; k < depth; k++) {
+    F y[COLS];
+    for (int j = 0; j < COLS; j++) y[j] = load(b + k * ldb + j * LANES);
+    for (int r = 0; r < R; r++) {
+      const F x = spread(a[r * lda + k]);
+      for (int j = 0; j < COLS; j++) sum[r][j] = fma(x, y[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < COLS; j++) store(c + r * ldc + j * LANES, sum[r][j]);
+}
+
+// The same for n rows and `width` columns, a multiple of COLS * LANES. Rows are independent of n.
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, int64_t n,
+             int64_t width, bool more) {
+  for (int64_t j = 0; j < width; j += COLS * LANES) {
+    int64_t r = 0;
+    for (; r + ROWS <= n; r += ROWS) block<ROWS>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+    for (; r + 2 <= n; r += 2) block<2>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+    if (r < n) block<1>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+  }
+}
+
+inline int64_t tile_width(int64_t dim) { return (dim + COLS * LANES - 1) / (COLS * LANES) * (COLS * LANES); }
+
+// keys (TILE_KEYS, ld) -> columns (dim, TILE_KEYS)
+inline void turn(const float* keys, int64_t ld, int64_t dim, float* columns) {
+  constexpr int64_t B = 8;
+  for (int64_t i0 = 0; i0 < dim; i0 += B)
+    for (int64_t p = 0; p < TILE_KEYS; p++)
+      for (int64_t i = i0; i < (i0 + B < dim ? i0 + B : dim); i++) columns[i * TILE_KEYS + p] = keys[p * ld + i];
+}
+
+struct TileScratch {
+  float *q, *acc, *scores, *columns, *rows, *most, *sum;
+  int64_t ld;  // of acc and rows
+};
+
+int64_t scratch_tile(const AttendShape& shape, int64_t count) {
+  const int64_t n = count * shape.heads, ld = tile_width(shape.dim);
+  return 4 * (n * (shape.dim + ld + TILE_KEYS + 2) + TILE_KEYS * (ld + shape.dim));
+}
+
+TileScratch cut_tile(const AttendShape& shape, int64_t n, void* memory) {
+  TileScratch s;
+  s.ld = tile_width(shape.dim);
+  s.q = static_cast<float*>(memory);
+  s.acc = s.q + n * shape.dim;
+  s.scores = s.acc + n * s.ld;
+  s.columns = s.scores + n * TILE_KEYS;
+  s.rows = s.columns + shape.dim * TILE_KEYS;
+  s.most = s.rows + TILE_KEYS * s.ld;
+  s.sum = s.most + n;
+  return s;
+}
+
+// Positions base .. base + TILE_KEYS - 1 up to `end`; what lies beyond counts as zero.
+void fetch_tile(const void* from, int64_t stride, Store kind, const int32_t* slots, int64_t base, int64_t end, int64_t dim,
+                int64_t ld, float* rows) {
+  const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
+  if (padded(dim) < ld || count < TILE_KEYS) memset(rows, 0, static_cast<size_t>(TILE_KEYS * ld) * 4);
+  for (int64_t p = 0; p < count; p++) fetch(from, kind, slots[base + p] * stride, dim, rows + p * ld);
+}
+
+// One query's scores of a tile, of which first .. last - 1 may be seen: softmax brought up to date.
+void absorb(const AttendShape& shape, float* scores, int64_t first, int64_t last, float* acc, int64_t ld, float* most, float* sum) {
+  for (int64_t p = 0; p < first; p++) scores[p] = NOTHING;
+  for (int64_t p = last; p < TILE_KEYS; p++) scores[p] = NOTHING;
+  if (shape.cap != 0.0f) soft_cap(scores + first, shape.cap, last - first, scores + first);
+  F m = spread(NOTHING);
+  for (int64_t p = 0; p < TILE_KEYS; p += LANES) m = larger(load(scores + p), m);
+  const float now = fmaxf(*most, largest(m));
+  if (now > *most) {
+    const float shrink = expf(*most - now);  // 0 for the first tile
+    *sum *= shrink;
+    scale_row(acc, shrink, ld);
+    *most = now;
+  }
+  const F top = spread(now);
+  F add_up = zero();
+  for (int64_t p = 0; p < TILE_KEYS; p += LANES) {
+    const F e = exponential(sub(load(scores + p), top));
+    store(scores + p, e);
+    add_up = add(add_up, e);
+  }
+  *sum += total(add_up);
+}
+
+void attend_tile(const AttendShape& shape, const AttendTile& task, void* memory) {
+  const int64_t dim = shape.dim, n = task.count * shape.heads, end = task.start + task.count;
+  const TileScratch s = cut_tile(shape, n, memory);
+  for (int64_t i = 0; i < n; i++) {  // query i: token i / heads
+    const float* q = task.q + i / shape.heads * task.ld_q + i % shape.heads * dim;
+    memcpy(s.q + i * dim, q, static_cast<size_t>(dim) * 4);
+    scale_row(s.q + i * dim, shape.scale, dim);
+    s.most[i] = NOTHING, s.sum[i] = 0;
+  }
+  memset(s.acc, 0, static_cast<size_t>(n * s.ld) * 4);
+  const int64_t oldest = shape.window && task.start >= shape.window ? task.start - shape.window + 1 : 0;
+  for (int64_t base = oldest / TILE_KEYS * TILE_KEYS; base < end; base += TILE_KEYS) {
+    fetch_tile(task.kv.k, task.kv.k_stride, task.kv.store, task.slots, base, end, dim, s.ld, s.rows);
+    turn(s.rows, s.ld, dim, s.columns);
+    const int64_t skip = base > task.start ? base - task.start : 0;  // tokens that are before this tile see none of it
+    const int64_t from = skip * shape.heads;
+    product(s.q + from * dim, dim, s.columns, TILE_KEYS, dim, s.scores + from * TILE_KEYS, TILE_KEYS, n - from, TILE_KEYS, false);
+    for (int64_t i = from; i < n; i++) {
+      const int64_t at = task.start + i / shape.heads;
+      const int64_t last = at + 1 - base < TILE_KEYS ? at + 1 - base : TILE_KEYS;
+      int64_t first = shape.window ? at - shape.window + 1 - base : 0;
+      first = first < 0 ? 0 : first > last ? last : first;
+      if (first == last) memset(s.scores + i * TILE_KEYS, 0, TILE_KEYS * 4);
+      else absorb(shape, s.scores + i * TILE_KEYS, first, last, s.acc + i * s.ld, s.ld, s.most + i, s.sum + i);
+    }
+    fetch_tile(task.kv.v, task.kv.v_stride, task.kv.store, task.slots, base, end, dim, s.ld, s.rows);
+    product(s.scores + from * TILE_KEYS, TILE_KEYS, s.rows, s.ld, TILE_KEYS, s.acc + from * s.ld, s.ld, n - from, s.ld, true);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    float* out = task.out + i / shape.heads * task.ld_out + i % shape.heads * dim;
+    memcpy(out, s.acc + i * s.ld, static_cast<size_t>(dim) * 4);
+    scale_row(out, 1.0f / s.sum[i], dim);
+  }
+}
+
+}  // namespace
+}  // namespace septet

@@ -1,0 +1,18 @@
+// The step kernels of the avx512 path; see step_kernels.h.
+#define SEPTET_LANES 16
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in gcc 12's own header
+#include "attention_body.h"
+#include "elementwise_body.h"
+#include "sampling_body.h"
+
+namespace septet {
+namespace {
+
+constexpr StepKernels TABLE = {Path::avx512, rms_norm, add_rows, scale_row, gated, soft_cap, rotate, to_pool,
+                               scratch_one, scratch_tile, attend_one, attend_tile, merge, argmax, gumbel_argmax, exps};
+
+}  // namespace
+
+const StepKernels* step_kernels_avx512() { return &TABLE; }
+
+}  // namespace septet

@@ -1,0 +1,49 @@
+"""The native library's ops on real tensors: choosing tokens. The forward pass itself is a tape (`tape.py`).
+
+Held by the runner where the kernels are native; everything else is inherited from the reference. CPU tensors only.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+
+from septet.kernels.native.library import PATHS, signature
+from septet.kernels.reference import ReferenceOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from septet.kernels.native.library import Library, Pool
+
+__all__ = ["NativeOps"]
+
+
+class NativeOps(ReferenceOps):
+    """`argmax` and `gumbel_argmax` without a pass in torch; rows are shared by the pool's threads."""
+
+    name = "native"
+
+    def __init__(self, library: Library, pool: Pool, path: str) -> None:
+        signature(library, "septet_argmax", c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p])
+        pointers = [c_void_p] * 4
+        signature(library, "septet_gumbel", c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, *pointers])
+        self._library = library
+        self._pool = pool
+        self._path = PATHS.index(path)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        logits, out = logits.float().contiguous(), torch.empty(len(logits), dtype=torch.int64)
+        n, vocab = logits.shape
+        self._library.septet_argmax(self._pool.handle, self._path, logits.data_ptr(), n, vocab, vocab, out.data_ptr())
+        return out
+
+    def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        logits, out = logits.float().contiguous(), torch.empty(len(logits), dtype=torch.int64)
+        n, vocab = logits.shape
+        temperature, seeds, positions = temperature.float().contiguous(), seeds.contiguous(), positions.contiguous()
+        rows = (temperature.data_ptr(), seeds.data_ptr(), positions.data_ptr(), out.data_ptr())
+        self._library.septet_gumbel(self._pool.handle, self._path, logits.data_ptr(), n, vocab, vocab, *rows)
+        return out

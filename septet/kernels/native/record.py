@@ -1,0 +1,161 @@
+"""The recorder: Ops that note what a forward does instead of doing it.
+
+`TapeOps` is handed to the layers like any other ops; weights are packed as they are met. One call of the model's
+forward with `Sym`s in place of activations leaves a list of `Node`s, which `compile.py` turns into the native program.
+Real tensors (weights, biases, tables) pass through. Must not know layers or models, nor how the program is laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from septet.errors import UnsupportedModel
+from septet.kernels.native.pack import KINDS, Packer
+from septet.kernels.reference import ReferenceOps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from septet.kernels.native.library import Library, Pool
+    from septet.kernels.native.pack import PackedMatrix
+    from septet.kernels.ops import LayerKV, Layout
+
+__all__ = ["Node", "Recording", "Sym", "TapeOps"]
+
+
+@dataclass(eq=False, slots=True)
+class Sym:
+    """A value of the step: `width` floats for each token ("tokens") or for each position that samples ("picks")."""
+
+    domain: str
+    width: int
+
+    def to(self, _dtype: object) -> Sym:
+        """Activations of the tape are float32, whatever the weights are."""
+        return self
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One recorded op. `args`: its numbers, tensors and packed weights, by the names that compile.py reads."""
+
+    op: str
+    inputs: tuple[Sym, ...]
+    outputs: tuple[Sym, ...]
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Recording:
+    """A forward in two parts: nodes[:split] give `hidden`, the rest `logits` of its rows that sample."""
+
+    nodes: list[Node]
+    split: int
+    hidden: Sym
+    logits: Sym
+
+
+class TapeOps(ReferenceOps):
+    """Records ops on `Sym`s; what layers do with real tensors while they are built is done as by the reference."""
+
+    name = "native"
+    block_kinds = frozenset(KINDS)
+
+    def __init__(self, library: Library, pool: Pool, path: str = "") -> None:
+        """path: see `library.choose_path`."""
+        self.library = library
+        self.pool = pool
+        self.packer = Packer(library, pool, path)
+        self.nodes: list[Node] = []
+        self.layers: Sequence[LayerKV] = ()
+        self.packed: dict[tuple[int, str], PackedMatrix] = {}
+
+    # -- notes --------------------------------------------------------------------------------------------------------
+    def note(self, op: str, inputs: Sequence[Sym], domain: str, *widths: int, **args: Any) -> Any:
+        """Append a node -> its output, or outputs where there are several."""
+        for value in inputs:
+            if not isinstance(value, Sym):
+                raise UnsupportedModel(f"{op} of a {type(value).__name__} can't be recorded: use kernels=reference")
+        outputs = tuple(Sym(domain, width) for width in widths)
+        self.nodes.append(Node(op, tuple(inputs), outputs, args))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def weight(self, tensor: Tensor, kind: str) -> PackedMatrix:
+        """The packed copy of GGUF blocks, or of a dense matrix (kind ""): one, however often it is met."""
+        key = (tensor.data_ptr(), kind)
+        if key not in self.packed:
+            self.packed[key] = self.packer.pack(tensor.contiguous(), kind) if kind else self.packer.pack_dense(tensor)
+        return self.packed[key]
+
+    def _product(self, x: Any, packed: PackedMatrix, bias: Tensor | None) -> Any:
+        return self.note("linear", [x], x.domain, packed.shape[0], weight=packed, bias=_float(bias))
+
+    def _lookup(self, ids: Any, packed: PackedMatrix, scale: float) -> Any:
+        if not isinstance(ids, Sym) or ids.width:
+            raise UnsupportedModel("embed of anything but the step's ids can't be recorded: use kernels=reference")
+        return self.note("embed", [], "tokens", packed.shape[1], weight=packed, scale=scale)
+
+    # -- ops ----------------------------------------------------------------------------------------------------------
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return self._product(x, self.weight(weight, ""), bias)
+
+    def block_linear(self, x: Any, blocks: Tensor, kind: str, bias: Tensor | None = None) -> Any:
+        return self._product(x, self.weight(blocks, kind), bias)
+
+    def embed(self, ids: Any, table: Tensor, scale: float = 1.0) -> Any:
+        return self._lookup(ids, self.weight(table, ""), torch.tensor(scale, dtype=table.dtype).item())
+
+    def block_embed(self, ids: Any, blocks: Tensor, kind: str, dtype: Any, scale: float = 1.0) -> Any:
+        return self._lookup(ids, self.weight(blocks, kind), torch.tensor(scale, dtype=dtype).item())
+
+    def rms_norm(self, x: Any, weight: Tensor, eps: float) -> Any:
+        return self.note("norm", [x], x.domain, x.width, weight=_float(weight), eps=eps)
+
+    def add_rms_norm(self, x: Any, residual: Any, weight: Tensor, eps: float) -> tuple[Any, Any]:
+        return self.note("add_norm", [x, residual], x.domain, x.width, x.width, weight=_float(weight), eps=eps)
+
+    def gated_act(self, gate_up: Any, kind: str) -> Any:
+        return self.note("gated", [gate_up], gate_up.domain, gate_up.width // 2, kind=kind)
+
+    def soft_cap(self, x: Any, cap: float) -> Any:
+        return self.note("cap", [x], x.domain, x.width, cap=cap)
+
+    def take_rows(self, x: Any, index: Any) -> Any:
+        return self.note("take", [x], "picks", x.width)
+
+    def join(self, parts: list[Any]) -> Any:
+        if not isinstance(parts[0], Sym):
+            return super().join(parts)
+        return self.note("join", parts, parts[0].domain, sum(part.width for part in parts))
+
+    def qkv_write(
+        self,
+        qkv: Any,
+        kv: LayerKV,
+        layout: Layout,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Any:
+        layer = next(i for i, known in enumerate(self.layers) if known is kv)
+        kv_heads, dim = kv.k.shape[1:]
+        heads = qkv.width // dim - 2 * kv_heads
+        shape = {"layer": layer, "heads": heads, "kv_heads": kv_heads, "dim": dim, "eps": eps}
+        norms = {"cos_sin": _float(cos_sin), "q_norm": _float(q_norm), "k_norm": _float(k_norm)}
+        return self.note("qkv", [qkv], "tokens", heads * dim, **shape, **norms)
+
+    def attention(
+        self, q: Any, kv: LayerKV, layout: Layout, scale: float, window: int | None = None, soft_cap: float = 0.0
+    ) -> Any:
+        return self.note("attention", [q], "tokens", q.width, scale=scale, window=window or 0, cap=soft_cap)
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    """As the native code reads it: float32, contiguous, in memory that stays."""
+    return None if vector is None else vector.detach().to("cpu", torch.float32).contiguous()
