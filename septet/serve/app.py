@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -50,6 +51,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
+    head_timeout_s: float = 30.0  # a connection on which no whole head of a request comes for so long is cut
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0  # a reader that takes nothing for so long is dropped
     stats_timeout_s: float = 2.0
@@ -199,6 +201,8 @@ async def serve_forever(service: Service, sock: socket.socket, on_ready: Callabl
     """
     import uvicorn
 
+    from septet.serve.connection import Connection
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -225,7 +229,7 @@ async def serve_forever(service: Service, sock: socket.socket, on_ready: Callabl
         log_level="warning",
         access_log=False,
         lifespan="off",
-        http="h11",
+        http=partial(Connection, head_timeout_s=service.settings.head_timeout_s),  # type: ignore[arg-type]
         ws="none",
         server_header=False,
         timeout_keep_alive=30,

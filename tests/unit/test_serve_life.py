@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,8 +48,8 @@ class Running:
 
 
 @contextmanager
-def running(pace_s: float, drain_s: float, die_after_s: float = 0) -> Iterator[Running]:
-    command = [sys.executable, "-m", "tests.fake_server", str(pace_s), str(drain_s), str(die_after_s)]
+def running(pace_s: float, drain_s: float, die_after_s: float = 0, timeout_s: float = 30) -> Iterator[Running]:
+    command = [sys.executable, "-m", "tests.fake_server", *map(str, (pace_s, drain_s, die_after_s, timeout_s))]
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert popen.stdout is not None
@@ -163,6 +165,75 @@ def test_hostile_bytes(server: Running, what: str, parts: Callable[[], list[byte
 def server() -> Iterator[Running]:
     with running(0.01, 1) as server:
         yield server
+
+
+# -- connections of which nothing comes -------------------------------------------------------------------------------
+def open_sockets(server: Running) -> int:
+    n = 0
+    for fd in os.listdir(f"/proc/{server.popen.pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            n += os.readlink(f"/proc/{server.popen.pid}/fd/{fd}").startswith("socket:")
+    return n
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Running]:
+    with running(0.05, 1, timeout_s=0.4) as server:
+        yield server
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
+def test_a_connection_without_a_whole_head_is_cut(impatient: Running, sent: bytes) -> None:
+    before = open_sockets(impatient)
+    port = int(impatient.root.rsplit(":", 1)[1])
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+    try:
+        for connection in connections:
+            connection.sendall(sent)
+        assert wait_for(lambda: open_sockets(impatient) >= before + 5, 5)
+        assert wait_for(lambda: open_sockets(impatient) <= before, 5)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_a_half_head_after_an_answer_is_cut_too(impatient: Running) -> None:
+    before = open_sockets(impatient)
+    port = int(impatient.root.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert wait_for(lambda: open_sockets(impatient) <= before, 5)
+
+
+def test_a_long_answer_is_no_idle_connection(impatient: Running) -> None:
+    begun = time.monotonic()
+    impatient.lines.clear()
+    impatient.begun.clear()
+    impatient.stream().join(20)  # 20 tokens, 50 ms apart: longer than two looks
+    assert time.monotonic() - begun > 0.9
+    assert "data: [DONE]" in impatient.lines
+
+
+def test_a_reader_that_takes_nothing_is_cut(impatient: Running) -> None:
+    before = open_sockets(impatient)
+    port = int(impatient.root.rsplit(":", 1)[1])
+    body = json.dumps({"prompt": ["x"] * 8, "n": 128, "stream": True, "logprobs": 20, "max_tokens": 20}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert wait_for(lambda: open_sockets(impatient) > before, 5)
+        assert wait_for(lambda: open_sockets(impatient) <= before, 30)
+    assert httpx.get(impatient.root + "/health").status_code == 200
 
 
 def test_a_taken_port_is_named() -> None:
