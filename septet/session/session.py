@@ -86,7 +86,9 @@ class Session:
         """Tokenise (or take) a prompt and check that it fits."""
         if isinstance(prompt, str):
             return Prompt(self._fitting(await self._encode(prompt, add_special_tokens)), str(prompt))
-        return Prompt(self._fitting(self._checked_ids(prompt)))
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise InvalidRequest(f"prompt is {repr(prompt)[:40]}, neither text nor a list of token ids", param="prompt")
+        return Prompt(self._checked_ids(self._fitting(prompt)))
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
         """Render the model's chat template (`options`: add_generation_prompt, continue_final_message, ...)."""
@@ -120,9 +122,7 @@ class Session:
                 param="prompt",
             ) from None
 
-    def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
-        if not isinstance(ids, Sequence):
-            raise InvalidRequest(f"prompt is {repr(ids)[:40]}, neither text nor a list of token ids", param="prompt")
+    def _checked_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
                 shown = repr(token)[:40]
