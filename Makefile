@@ -10,13 +10,14 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.run: pyproject.toml
+$(VENV)/.run: pyproject.toml setup.py $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.11 or newer, or set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; set PYTHON=python3.12, say"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV): $(TORCH) first, then Septet and its libraries (a minute or three)"
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -e .
+	@test -f septet/kernels/native/libseptet_native.so || echo "note: the native CPU kernels were not built, Septet will use torch on CPUs; to see why: $(BIN)/python csrc/build.py"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

@@ -27,7 +27,7 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"  # a plain library for ctypes: no Python version in its name
 
     def copy_extensions_to_source(self) -> None:
-        if Path(self.get_ext_fullpath(NAME)).exists():
+        if Path(self.build_lib, self.get_ext_filename(NAME)).exists():
             super().copy_extensions_to_source()
 
 
