@@ -71,6 +71,9 @@ def engine_options(command: Any) -> Any:
 @click.option(
     "--shutdown-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Drain seconds."
 )
+@click.option("--tool-call-parser", default="auto", show_default=True, help="How the model writes tool calls.")
+@click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes thoughts; none: as content.")
+@click.option("--enable-auto-tool-choice", is_flag=True, hidden=True, help="As vLLM's; always on here.")
 @engine_options
 def serve(
     model: str,
@@ -80,6 +83,7 @@ def serve(
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
     shutdown_timeout: float,
+    enable_auto_tool_choice: bool,
     **options: Any,
 ) -> None:
     """Serve MODEL over HTTP with OpenAI's API."""

@@ -12,13 +12,19 @@ from typing import Any
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
 from septet.serve.fields import CHAT, COMPLETION, Fields
+from septet.serve.tools import checked_calls, checked_id, tool_choice
+from septet.session.reading import Reading
 
 __all__ = ["Call", "ChatCall", "CompletionCall", "parse_chat", "parse_completion"]
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
 MAX_CHOICES = 1024  # prompts of one request times n
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLE_FIELDS = {
+    "assistant": ("tool_calls", "reasoning", "reasoning_content"),
+    "tool": ("tool_call_id",),
+}
 RESERVED = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 _SAMPLING = (
     "n",
@@ -54,6 +60,8 @@ class Call:
 class ChatCall(Call):
     messages: list[dict[str, Any]]
     template_options: dict[str, Any] = field(default_factory=dict)
+    reading: Reading
+    include_reasoning: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +112,20 @@ def parse_chat(body: dict[str, Any]) -> ChatCall:
         echo=fields.boolean("echo", False),
         messages=messages,
         template_options=options,
+        reading=_reading(fields),
+        include_reasoning=fields.boolean("include_reasoning", True),
+    )
+
+
+def _reading(fields: Fields) -> Reading:
+    budget = fields.integer("thinking_token_budget", 0)
+    if not 0 <= budget < 2**31:
+        raise InvalidRequest("thinking_token_budget must be 0 or more tokens", param="thinking_token_budget")
+    return Reading(
+        tools=tool_choice(fields),
+        reasoning=True,
+        thinking_budget=budget if fields.given("thinking_token_budget") else None,
+        live=fields.boolean("stream", False),
     )
 
 
@@ -167,6 +189,8 @@ def _template_options(fields: Fields) -> dict[str, Any]:
         raise InvalidRequest(
             "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
         )
+    if fields.given("reasoning_effort"):
+        options["reasoning_effort"] = fields.string("reasoning_effort", "")
     options["continue_final_message"] = goes_on
     options["add_generation_prompt"] = fields.boolean("add_generation_prompt", True) and not goes_on
     return options
@@ -231,13 +255,25 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
 def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where} must be an object with role and content", param=where)
-    for name, value in message.items():
-        if name not in ("role", "content", "name") and value not in (None, []):
-            raise InvalidRequest(f"{where}.{name[:80]} is not supported yet", param=f"{where}.{name[:80]}")
     role = message.get("role")
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}", param=where)
-    result = {"role": "system" if role == "developer" else role, "content": _content(where, message.get("content"))}
+    own = _ROLE_FIELDS.get(role, ())
+    for name, value in message.items():
+        if name not in ("role", "content", "name", *own) and value not in (None, []):
+            raise InvalidRequest(f"{where}.{name[:80]} is not supported yet", param=f"{where}.{name[:80]}")
+    result: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    if role == "assistant" and message.get("tool_calls"):
+        result["tool_calls"] = checked_calls(f"{where}.tool_calls", message["tool_calls"])
+    content = message.get("content")
+    result["content"] = "" if content is None and "tool_calls" in result else _content(where, content)
+    if role == "tool":
+        result["tool_call_id"] = checked_id(f"{where}.tool_call_id", message.get("tool_call_id"))
+    thoughts = (message.get("reasoning") or message.get("reasoning_content")) if role == "assistant" else None
+    if thoughts is not None:
+        if not isinstance(thoughts, str):
+            raise InvalidRequest(f"{where}.reasoning must be a string", param=f"{where}.reasoning")
+        result["reasoning_content"] = thoughts
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str) or len(name) > 256:

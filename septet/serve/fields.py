@@ -76,19 +76,17 @@ COMPLETION = _table(
 
 CHAT = _table(
     f"""{_TAKEN} messages max_tokens max_completion_tokens top_logprobs add_generation_prompt continue_final_message
-    chat_template_kwargs""",
-    f"{_HARMLESS} parallel_tool_calls prediction",
+    chat_template_kwargs tools tool_choice parallel_tool_calls include_reasoning reasoning_effort
+    thinking_token_budget""",
+    f"{_HARMLESS} prediction",
     {
         **_REFUSED,
-        "tools": _only([], why="tool calls are not supported yet"),
-        "tool_choice": _only("none", "auto", why="tool calls are not supported yet"),
-        "functions": _only([], why="tool calls are not supported yet"),
-        "function_call": _only("none", "auto", why="tool calls are not supported yet"),
+        "functions": _only([], why="superseded by tools"),
+        "function_call": _only("none", "auto", why="superseded by tool_choice"),
         "store": _only(False, why="answers are never stored"),
         "modalities": _only(["text"], why="only ['text'] is supported"),
         "audio": _only(why="audio is not supported"),
         "web_search_options": _only(why="web search is not supported"),
-        "reasoning_effort": _only(why="not supported by this model"),
         "reasoning": _only(why="not supported by this model"),
         "verbosity": _only("medium", why="not supported by this model"),
         "best_of": _only(1, why="best_of is not supported for chat; use n"),

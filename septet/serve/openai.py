@@ -78,7 +78,8 @@ async def _body(service: Service, scope: Scope, receive: Receive) -> dict[str, A
 
 
 async def _chat_shape(service: Service, call: ChatCall, name: str) -> ChatShape:
-    prompt = await service.session.chat_prompt(call.messages, **call.template_options)
+    tools = call.reading.tools.tools if call.reading.tools.mode != "none" else ()
+    prompt = await service.session.chat_prompt(call.messages, tools=tools, **call.template_options)
     last = call.messages[-1]
     echoed = last["content"] if call.echo and last["role"] == "assistant" else ""
     return ChatShape(call, name, [prompt], _number(), int(time.time()), echoed=echoed)
@@ -124,7 +125,10 @@ async def _answer(
 
 
 async def _numbered(service: Service, number: int, prompt: Prompt, call: Call) -> AsyncGenerator[Numbered, None]:
-    generation = service.session.generate(prompt, call.params, priority=call.priority, cache_salt=call.cache_salt)
+    how: dict[str, Any] = {"priority": call.priority, "cache_salt": call.cache_salt}
+    if isinstance(call, ChatCall):
+        how["reading"] = call.reading
+    generation = service.session.generate(prompt, call.params, **how)
     async with aclosing(generation) as events:
         async for event in events:
             yield number, event

@@ -9,12 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from septet.session.events import Event, Finished, PositionLogprobs, PromptLogprobs, TextDelta, TokenLogprob, Usage
+from septet.request import FinishReason
+from septet.session.events import (
+    Event,
+    Finished,
+    PositionLogprobs,
+    PromptLogprobs,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from septet.serve.calls import Call, CompletionCall
+    from septet.serve.calls import Call, ChatCall, CompletionCall
     from septet.session.session import Prompt
 
 __all__ = ["ChatShape", "CompletionShape", "Shape"]
@@ -29,6 +39,8 @@ class _Whole:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
     finished: Finished | None = None
 
 
@@ -55,6 +67,8 @@ class Shape:
             choice.text.append(event.text)
             choice.token_ids.extend(event.token_ids)
             choice.logprobs.extend(event.logprobs)
+            choice.reasoning.append(event.reasoning)
+            choice.calls.extend(event.calls)
         elif isinstance(event, PromptLogprobs):
             self._prompt_logprobs[number] = event.positions
         else:
@@ -86,7 +100,8 @@ class Shape:
         if isinstance(event, Finished):
             self._note(number, event)
             return self._wrap(self.last_choice(index, event))
-        if not event.text and not event.logprobs and not self.call.return_token_ids:
+        told = event.text or event.logprobs or event.calls or event.reasoning
+        if not told and not self.call.return_token_ids:
             return None
         return self._wrap(self.delta_choice(index, event))
 
@@ -115,12 +130,15 @@ class Shape:
         prompt = sum(len(p.tokens) for p in self.prompts)
         output = 0 if self._drops_output() else sum(u.completion_tokens for u in self.usages.values())
         cached = sum(u.cached_tokens for i, u in self.usages.items() if i % n == 0)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if thoughts := sum(u.reasoning_tokens for u in self.usages.values()):
+            usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return usage
 
     def _drops_output(self) -> bool:
         return False
@@ -137,6 +155,7 @@ class ChatShape(Shape):
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    call: ChatCall
 
     def __init__(self, *args: Any, echoed: str = "") -> None:
         super().__init__(*args)
@@ -148,7 +167,12 @@ class ChatShape(Shape):
             yield self._wrap({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "delta": {"content": delta.text}}
+        told: dict[str, Any] = self._thoughts(delta.reasoning)
+        if delta.calls:
+            told["tool_calls"] = tool_calls(delta.calls, numbered=True)
+        if delta.text or not told:
+            told["content"] = delta.text
+        choice: dict[str, Any] = {"index": index, "delta": told}
         choice["logprobs"] = self._logprobs(delta.logprobs)
         choice["finish_reason"] = None
         if self.call.return_token_ids:
@@ -156,19 +180,21 @@ class ChatShape(Shape):
         return choice
 
     def last_choice(self, index: int, finished: Finished) -> dict[str, Any]:
-        reasons = {"finish_reason": finished.reason, "stop_reason": finished.stop_reason}
-        return {"index": index, "delta": {}, "logprobs": None, **reasons}
+        return {"index": index, "delta": {}, "logprobs": None, **_reasons(finished)}
 
     def whole_choice(self, index: int, choice: _Whole) -> dict[str, Any]:
         content = self._echoed + "".join(choice.text)
-        result = {
-            "index": index,
-            "message": {"role": "assistant", "content": content, "refusal": None},
-            "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finished and choice.finished.reason,
-            "stop_reason": choice.finished and choice.finished.stop_reason,
-        }
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message |= self._thoughts("".join(choice.reasoning))
+        if choice.calls:
+            message |= {"content": content or None, "tool_calls": tool_calls(choice.calls, numbered=False)}
+        result = {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
+        result |= _reasons(choice.finished)
         return result | ({"token_ids": choice.token_ids} if self.call.return_token_ids else {})
+
+    def _thoughts(self, text: str) -> dict[str, Any]:
+        """Under the name that vLLM gives it now and the one that most clients know."""
+        return {"reasoning": text, "reasoning_content": text} if text and self.call.include_reasoning else {}
 
     def extra(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -274,6 +300,28 @@ class CompletionShape(Shape):
             ],
             "text_offset": offsets,
         }
+
+
+def _reasons(finished: Finished | None) -> dict[str, Any]:
+    """An answer that ends by itself and calls tools ends because of them."""
+    if finished is None:
+        return {"finish_reason": None, "stop_reason": None}
+    calls = finished.n_calls and finished.reason is FinishReason.STOP
+    return {"finish_reason": "tool_calls" if calls else finished.reason, "stop_reason": finished.stop_reason}
+
+
+def tool_calls(pieces: Iterable[ToolCallDelta], *, numbered: bool) -> list[dict[str, Any]]:
+    """Pieces joined by call. `numbered`: as a stream's delta, with the index and without what was told before."""
+    calls: dict[int, dict[str, Any]] = {}
+    texts: dict[int, list[str]] = {}
+    for piece in pieces:
+        call = calls.setdefault(piece.number, {"index": piece.number} if numbered else {})
+        texts.setdefault(piece.number, []).append(piece.arguments)
+        if piece.name is not None:
+            call |= {"id": piece.id, "type": "function", "function": {"name": piece.name}}
+    for number, call in calls.items():
+        call.setdefault("function", {})["arguments"] = "".join(texts[number])
+    return list(calls.values())
 
 
 def _finite(logprob: float) -> float:

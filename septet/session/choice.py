@@ -55,12 +55,19 @@ def _position(tokenizer: Tokenizer, entry: Logprobs) -> PositionLogprobs:
 class Choice:
     """Call `feed` with each update in order until `finished`. A stop string may finish it before the engine does."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_tokens: int,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
         self.index = index
         self.finished = False
         self._tokenizer = tokenizer
         self._params = params
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, keep=keep)
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = 0
@@ -86,10 +93,15 @@ class Choice:
         if n_taken or text:
             events.append(TextDelta(self.index, text, update.tokens[:n_taken], self._logprobs(update, n_taken)))
         if reason is not None:
-            self.finished = True
-            usage = Usage(self._prompt_tokens, self._n_output, self._cached_tokens)
-            events.append(Finished(self.index, reason, stop_reason, usage))
+            events.append(self.end(reason, stop_reason))
         return events
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> Finished:
+        """The last event, also where it is not the engine that ends the choice."""
+        self.finished = True
+        return Finished(
+            self.index, reason, stop_reason, Usage(self._prompt_tokens, self._n_output, self._cached_tokens)
+        )
 
     def _take(self, update: Update) -> tuple[str, int, str | None]:
         """Turn tokens into text up to the first stop string: (text, tokens used, stop string or None)."""

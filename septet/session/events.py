@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from septet.request import FinishReason
 
-__all__ = ["Event", "Finished", "PositionLogprobs", "PromptLogprobs", "TextDelta", "TokenLogprob", "Usage"]
+__all__ = [
+    "Event",
+    "Finished",
+    "PositionLogprobs",
+    "PromptLogprobs",
+    "TextDelta",
+    "TokenLogprob",
+    "ToolCallDelta",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # of the prompt, served by the prefix cache
+    reasoning_tokens: int = 0  # of the completion, where thoughts are told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,16 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of one tool call. The pieces of a call, joined, are the JSON text of its arguments."""
+
+    number: int  # of the call within its choice, from 0
+    name: str | None  # of the function, with the first piece only
+    arguments: str
+    id: str | None = None  # made by us, with the first piece only
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New output of choice `index`. `text` may be empty: it is held back while it could still change or be a stop."""
 
@@ -57,6 +77,8 @@ class TextDelta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...] = ()  # one per token, when asked for
+    reasoning: str = ""  # thoughts, where the session was asked to tell them apart
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +89,7 @@ class Finished:
     reason: FinishReason
     stop_reason: str | int | None
     usage: Usage
+    n_calls: int = 0  # complete tool calls
 
 
 Event = PromptLogprobs | TextDelta | Finished

@@ -17,16 +17,21 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
-from septet.request import Request, SamplingParams
+from septet.request import FinishReason, Request, SamplingParams
 from septet.session.choice import Choice
 from septet.session.merge import merge
+from septet.session.reading import Reading
+from septet.session.thoughts import end_of_thoughts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from septet.engine.client import EngineClient
-    from septet.engine.messages import EngineInfo
+    from septet.engine.messages import EngineInfo, Update
+    from septet.grammar.vocabulary import Vocabulary
     from septet.session.events import Event
+    from septet.session.reading import ReplyFormat, ReplyReader
+    from septet.text.parsers.tools import Tool
     from septet.text.template import ChatTemplate
     from septet.text.tokenizer import Tokenizer
 
@@ -39,6 +44,9 @@ SANE_CHARS_PER_TOKEN = 4
 """Up to this many characters per token of the context a text is tokenised first, so that the error has its length."""
 SHARE_FROM = 32
 """Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +78,19 @@ class Session:
         model_name: str,
         limits: Limits,
         rng: random.Random | None = None,
+        reply_format: ReplyFormat | None = None,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
         self.model_name = model_name
         self.limits = limits
+        self.reply_format = reply_format  # None: answers are plain text whatever the reading says
         self._rng = rng or random.Random(secrets.randbits(64))
         self._prefix = secrets.token_hex(4)
         self._numbers = count()
+        self._taught = False  # the engine has the vocabulary
+        self._teaching = asyncio.Lock()
         self._long_texts = 0  # being tokenised in threads; the tokenizer is theirs meanwhile
 
     # -- prompts ------------------------------------------------------------------------------------------------------
@@ -90,13 +102,22 @@ class Session:
             raise InvalidRequest(f"prompt is {repr(prompt)[:40]}, neither text nor a list of token ids", param="prompt")
         return Prompt(self._checked_ids(self._fitting(prompt)))
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
-        """Render the model's chat template (`options`: add_generation_prompt, continue_final_message, ...)."""
+    async def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Tool] = (), **options: Any
+    ) -> Prompt:
+        """Render the model's chat template (`options`: add_generation_prompt, continue_final_message, ...).
+
+        A template that knows no tools gets them, and earlier calls and results, as text (`text/parsers/fallback.py`).
+        """
         if self.template is None:
             raise InvalidRequest(
                 f"{self.model_name} has no chat template; use a plain prompt (/v1/completions, LLM.generate)",
                 param="messages",
             )
+        if self.reply_format is not None:
+            messages = self.reply_format.conversation(messages, tools)
+            if written := self.reply_format.template_tools(tools):
+                options["tools"] = written
         text = await asyncio.to_thread(self.template.render, list(messages), **options)
         return Prompt(self._fitting(await self._encode(text, False)), str(text))
 
@@ -152,18 +173,25 @@ class Session:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        reading: Reading = PLAIN,
     ) -> AsyncGenerator[Event, None]:
         """Events of `params.n` choices of one prompt, in the order in which they happen.
 
         Each choice ends with one `Finished`; an error of any choice is raised and ends them all. `max_tokens` beyond
-        the context is cut to what fits, and shows as finish reason `length`.
+        the context is cut to what fits, and shows as finish reason `length`. `reading` tells thoughts and calls apart.
         """
         ready = prompt if isinstance(prompt, Prompt) else await self.prompt(prompt)
+        thinking = self.reply_format is not None and self.reply_format.is_thinking(ready.text, reading)
+        if self.reply_format is not None and reading is not PLAIN:
+            params = self.reply_format.bound(params, reading, thinking)
         requests = self._requests(ready, params, priority, cache_salt)
+        if params.structured is not None:
+            await self._teach()
         shared = asyncio.Event()
         if len(requests) == 1 or len(ready.tokens) < SHARE_FROM:
             shared.set()
-        async with aclosing(merge([self._choice(i, r, shared) for i, r in enumerate(requests)])) as events:
+        choices = [self._choice(i, r, shared, reading, thinking) for i, r in enumerate(requests)]
+        async with aclosing(merge(choices)) as events:
             async for event in events:
                 yield event
 
@@ -222,25 +250,72 @@ class Session:
         seed = self._rng.getrandbits(62) if params.seed is None else params.seed
         return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
 
+    async def _teach(self) -> None:
+        """Tell the engine what the tokens stand for, once, before the first grammar."""
+        async with self._teaching:
+            if not self._taught:
+                self.client.teach(await asyncio.to_thread(self._vocabulary))
+                self._taught = True
+
+    def _vocabulary(self) -> Vocabulary:
+        from septet.grammar.vocabulary import Vocabulary
+
+        tokens = map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))
+        return Vocabulary.of(tokens, self.tokenizer.special_ids, self.tokenizer.eos_token_ids)
+
     @staticmethod
     def _of_choice(params: SamplingParams, index: int) -> SamplingParams:
         seed = ((params.seed or 0) + index + 2**63) % 2**64 - 2**63  # wraps in 64 bits
         return replace(params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if index == 0 else None)
 
-    async def _choice(self, index: int, request: Request, shared: asyncio.Event) -> AsyncGenerator[Event, None]:
-        """One engine request as events. Choice 0 opens `shared` once its prompt is computed; the others wait for it."""
-        choice = Choice(index, self.tokenizer, request.params, len(request.tokens))
+    async def _choice(
+        self, index: int, request: Request, shared: asyncio.Event, reading: Reading, thinking: bool
+    ) -> AsyncGenerator[Event, None]:
+        """One choice as events. Choice 0 opens `shared` once its prompt is computed; the others wait for it."""
+        keep: frozenset[int] = frozenset()
+        reader: ReplyReader | None = None
+        if self.reply_format is not None and reading is not PLAIN:
+            keep = self.reply_format.kept_ids(reading)
+            reader = self.reply_format.reader(reading, thinking, request.params.structured)
+        choice = Choice(index, self.tokenizer, request.params, len(request.tokens), keep)
         if index:
             await shared.wait()
         try:
-            async with aclosing(self.client.generate(request)) as updates:
+            async with aclosing(self._updates(request, reader, reading)) as updates:
                 async for update in updates:
                     events = choice.feed(update)
                     if update.tokens:
                         shared.set()
-                    for event in events:
+                    for event in events if reader is None else reader.read_all(events):
                         yield event
+                    if reader is not None and reader.full and not choice.finished:
+                        for event in reader.read(choice.end(FinishReason.STOP)):
+                            yield event
                     if choice.finished:
                         return
         finally:
             shared.set()
+
+    async def _updates(
+        self, request: Request, reader: ReplyReader | None, reading: Reading
+    ) -> AsyncGenerator[Update, None]:
+        """The engine's updates. Thoughts over their budget are ended: a second request goes on behind their end."""
+        made: list[int] = []
+        async with aclosing(self.client.generate(request)) as updates:
+            async for update in updates:
+                made += update.tokens
+                yield update
+                if update.finish_reason is None and reader is not None and reader.over(reading.thinking_budget):
+                    break
+            else:
+                return
+        assert self.reply_format is not None
+        told, following = end_of_thoughts(
+            request, made, self.reply_format.thoughts, self.tokenizer, f"{self._prefix}-{next(self._numbers)}"
+        )
+        yield told
+        if following is None:
+            return
+        async with aclosing(self.client.generate(following)) as updates:
+            async for update in updates:
+                yield replace(update, cached_tokens=0)

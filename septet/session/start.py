@@ -42,16 +42,23 @@ async def start_session(
     *,
     served_name: str | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
     **options: Any,
 ) -> Session:
     """Resolve (and pull, where needed) `model`, start its engine process, return the session over it.
 
     Raises ModelNotFound, ModelFileError, UnsupportedModel, OfflineError, OutOfMemory or EngineDead, each saying what to
-    do. `on_phase` is told in words what is happening, for a spinner.
+    do. `on_phase` is told in words what is happening, for a spinner. `tool_call_parser`, `reasoning_parser`: a name of
+    `text/parsers/dialects.py`, "auto" = as the chat template shows, "none" = no reasoning is told apart.
     """
     from septet.engine.client import ProcessClient
     from septet.hub.pull import resolve
+    from septet.session.reading import ReplyFormat
+    from septet.text.parsers.dialects import dialect_of, reasoning_of
 
+    dialect_of(None, tool_call_parser)  # a wrong name is told before anything is loaded
+    reasoning_of(None, reasoning_parser)
     on_phase(f"finding {model}")
     local = await asyncio.to_thread(resolve, model, progress=_fetching(on_phase))
     config = engine_config(str(local.path), options)
@@ -68,7 +75,13 @@ async def start_session(
         await client.close()
         raise
     limits = Limits(client.info.max_model_len, min(client.info.vocab_size, tokenizer.vocab_size))
-    return Session(client, tokenizer, template, served_name or local.name, limits)
+    reply_format = ReplyFormat.of(
+        template.source if template else None,
+        tokenizer,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+    )
+    return Session(client, tokenizer, template, served_name or local.name, limits, reply_format=reply_format)
 
 
 def _fetching(on_phase: Callable[[str], None]) -> Callable[[int, int, str], None]:

@@ -24,11 +24,19 @@ class Detokenizer:
 
     `at_start=False`, the default, is for ids that continue a prompt: a leading space is text then. With True the ids
     are a whole text, and the space that SentencePiece vocabularies put in front is taken off as `decode` does.
+    `keep`: special tokens that are text all the same (markers that a parser of the output reads).
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, *, at_start: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        *,
+        at_start: bool = False,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = tokenizer.special_ids - keep if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = at_start and tokenizer.strip_space
 

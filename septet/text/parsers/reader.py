@@ -74,7 +74,7 @@ class Reader:
 
     # -- primitives
     def take(self, n: int) -> str:
-        """The next n characters, which are known to be there. `Broken`, and nothing taken, if a recording has no room."""
+        """The next n characters, which are there. `Broken`, and nothing taken, where the recording has no room."""
         if self._recorded is not None and n > self._room():
             raise Broken(f"the call has more than {self._limit} characters")
         text = self._text[self._at : self._at + n]
