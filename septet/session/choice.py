@@ -78,7 +78,8 @@ class Choice:
         """Events of one update, in order. Raises the typed error of an update that carries one."""
         if update.finish_reason is FinishReason.ERROR:
             raise error_of(update)
-        self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
+        if not self._n_output:  # a request that goes on after a cut finds its own output in the cache
+            self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
         events = self._prompt_events(update)
         text, n_taken, stop = self._take(update)
         reason = update.finish_reason

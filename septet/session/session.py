@@ -318,4 +318,4 @@ class Session:
             return
         async with aclosing(self.client.generate(following)) as updates:
             async for update in updates:
-                yield replace(update, cached_tokens=0)
+                yield update
