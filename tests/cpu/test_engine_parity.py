@@ -18,6 +18,7 @@ from septet.config import EngineConfig
 from septet.engine.process import Engine, build_engine
 from septet.request import FinishReason, Request, SamplingParams
 from tests import tiny
+from tests.native import native_library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,9 +64,16 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Oracle(directory, gguf, prompts, answers)
 
 
-def start(model: Path, **settings: object) -> Engine:
+@pytest.fixture(params=["reference", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        native_library()
+    return request.param
+
+
+def start(model: Path, kernels: str, **settings: object) -> Engine:
     defaults: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_slots": 4096}
-    engine = {"model": str(model), "device": "cpu", "dtype": "float32", "kernels": "reference", **defaults, **settings}
+    engine = {"model": str(model), "device": "cpu", "dtype": "float32", "kernels": kernels, **defaults, **settings}
     return build_engine(EngineConfig(**engine))  # type: ignore[arg-type]
 
 
@@ -99,30 +107,30 @@ def ask(engine: Engine, prompts: Sequence[Sequence[int]], n_out: int = N_OUT, *,
     return [answers[str(i)] for i in range(len(prompts))]
 
 
-def test_one_at_a_time_from_both_formats(oracle: Oracle) -> None:
+def test_one_at_a_time_from_both_formats(oracle: Oracle, kernels: str) -> None:
     for model in (oracle.directory, oracle.gguf):
-        engine = start(model, enable_prefix_caching=False)
+        engine = start(model, kernels, enable_prefix_caching=False)
         assert [ask(engine, [p])[0] for p in oracle.prompts] == oracle.answers
         assert engine.scheduler.stats.cached_tokens == 0
 
 
-def test_batched_and_overlapped(oracle: Oracle) -> None:
-    engine = start(oracle.directory, overlap="on")
+def test_batched_and_overlapped(oracle: Oracle, kernels: str) -> None:
+    engine = start(oracle.directory, kernels, overlap="on")
     assert engine.executor.depth == 2
     assert ask(engine, oracle.prompts, stagger=3) == oracle.answers
     assert engine.scheduler.stats.mixed_steps > 0
 
 
-def test_chunked(oracle: Oracle) -> None:
-    engine = start(oracle.directory, max_num_batched_tokens=9, enable_prefix_caching=False)
+def test_chunked(oracle: Oracle, kernels: str) -> None:
+    engine = start(oracle.directory, kernels, max_num_batched_tokens=9, enable_prefix_caching=False)
     assert ask(engine, oracle.prompts, stagger=2) == oracle.answers
     stats = engine.scheduler.stats
     assert stats.mixed_steps > 0, "prefill chunks never met decoding rows"
     assert stats.computed_tokens >= sum(map(len, oracle.prompts)) + len(oracle.prompts) * (N_OUT - 1)
 
 
-def test_prefix_shared(oracle: Oracle) -> None:
-    engine = start(oracle.gguf)
+def test_prefix_shared(oracle: Oracle, kernels: str) -> None:
+    engine = start(oracle.gguf, kernels)
     assert ask(engine, oracle.prompts) == oracle.answers
     again = ask(engine, [p + a[:10] for p, a in zip(oracle.prompts, oracle.answers, strict=True)], N_OUT - 10)
     assert again == [answer[10:] for answer in oracle.answers]
@@ -130,8 +138,10 @@ def test_prefix_shared(oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_preempted_and_resumed(oracle: Oracle, overlap: str) -> None:
-    engine = start(oracle.directory, num_kv_slots=160, max_model_len=130, overlap=overlap, max_num_batched_tokens=16)
+def test_preempted_and_resumed(oracle: Oracle, kernels: str, overlap: str) -> None:
+    engine = start(
+        oracle.directory, kernels, num_kv_slots=160, max_model_len=130, overlap=overlap, max_num_batched_tokens=16
+    )
     engine.scheduler.estimate.ratio = 0.0  # admit as if nobody answered at length: the pool must run out
     assert ask(engine, oracle.prompts) == oracle.answers
     assert engine.scheduler.stats.preemptions > 0, "nothing was preempted: the test shows nothing"

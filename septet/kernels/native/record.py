@@ -78,9 +78,6 @@ class TapeOps(ReferenceOps):
     # -- notes --------------------------------------------------------------------------------------------------------
     def note(self, op: str, inputs: Sequence[Sym], domain: str, *widths: int, **args: Any) -> Any:
         """Append a node -> its output, or outputs where there are several."""
-        for value in inputs:
-            if not isinstance(value, Sym):
-                raise UnsupportedModel(f"{op} of a {type(value).__name__} can't be recorded: use kernels=reference")
         outputs = tuple(Sym(domain, width) for width in widths)
         self.nodes.append(Node(op, tuple(inputs), outputs, args))
         return outputs[0] if len(outputs) == 1 else outputs
@@ -93,6 +90,7 @@ class TapeOps(ReferenceOps):
         return self.packed[key]
 
     def _product(self, x: Any, packed: PackedMatrix, bias: Tensor | None) -> Any:
+        x = _known(x)
         return self.note("linear", [x], x.domain, packed.shape[0], weight=packed, bias=_float(bias))
 
     def _lookup(self, ids: Any, packed: PackedMatrix, scale: float) -> Any:
@@ -114,23 +112,28 @@ class TapeOps(ReferenceOps):
         return self._lookup(ids, self.weight(blocks, kind), torch.tensor(scale, dtype=dtype).item())
 
     def rms_norm(self, x: Any, weight: Tensor, eps: float) -> Any:
+        x = _known(x)
         return self.note("norm", [x], x.domain, x.width, weight=_float(weight), eps=eps)
 
     def add_rms_norm(self, x: Any, residual: Any, weight: Tensor, eps: float) -> tuple[Any, Any]:
+        x, residual = _known(x), _known(residual)
         return self.note("add_norm", [x, residual], x.domain, x.width, x.width, weight=_float(weight), eps=eps)
 
     def gated_act(self, gate_up: Any, kind: str) -> Any:
+        gate_up = _known(gate_up)
         return self.note("gated", [gate_up], gate_up.domain, gate_up.width // 2, kind=kind)
 
     def soft_cap(self, x: Any, cap: float) -> Any:
+        x = _known(x)
         return self.note("cap", [x], x.domain, x.width, cap=cap)
 
     def take_rows(self, x: Any, index: Any) -> Any:
-        return self.note("take", [x], "picks", x.width)
+        return self.note("take", [_known(x)], "picks", x.width)
 
     def join(self, parts: list[Any]) -> Any:
         if not isinstance(parts[0], Sym):
             return super().join(parts)
+        parts = [_known(part) for part in parts]
         return self.note("join", parts, parts[0].domain, sum(part.width for part in parts))
 
     def qkv_write(
@@ -145,7 +148,7 @@ class TapeOps(ReferenceOps):
     ) -> Any:
         layer = next(i for i, known in enumerate(self.layers) if known is kv)
         kv_heads, dim = kv.k.shape[1:]
-        heads = qkv.width // dim - 2 * kv_heads
+        heads = _known(qkv).width // dim - 2 * kv_heads
         shape = {"layer": layer, "heads": heads, "kv_heads": kv_heads, "dim": dim, "eps": eps}
         norms = {"cos_sin": _float(cos_sin), "q_norm": _float(q_norm), "k_norm": _float(k_norm)}
         return self.note("qkv", [qkv], "tokens", heads * dim, **shape, **norms)
@@ -153,7 +156,13 @@ class TapeOps(ReferenceOps):
     def attention(
         self, q: Any, kv: LayerKV, layout: Layout, scale: float, window: int | None = None, soft_cap: float = 0.0
     ) -> Any:
-        return self.note("attention", [q], "tokens", q.width, scale=scale, window=window or 0, cap=soft_cap)
+        return self.note("attention", [q], "tokens", _known(q).width, scale=scale, window=window or 0, cap=soft_cap)
+
+
+def _known(value: Any) -> Sym:
+    if not isinstance(value, Sym):
+        raise UnsupportedModel(f"an op on a {type(value).__name__} can't be recorded: use kernels=reference")
+    return value
 
 
 def _float(vector: Tensor | None) -> Tensor | None:

@@ -1,0 +1,203 @@
+"""The tape against the model it was recorded from: every family, every path of this CPU, any mix of rows.
+
+The engine's greedy ids on the tape are held against transformers in test_engine_parity.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import pytest
+import torch
+
+from septet.engine.forward import record
+from septet.errors import InvalidRequest, UnsupportedModel
+from septet.geometry import BLOCKS
+from septet.kernels import ggml
+from septet.kernels.native.library import PATHS, Pool
+from septet.kernels.native.record import TapeOps
+from septet.kernels.reference import ReferenceOps
+from septet.layers.build import Build
+from septet.models.registry import load_model
+from septet.quant.gguf import GGUFBlocks
+from tests import families
+from tests.forward import Harness, StateSource
+from tests.native import TapeModel, native_library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from septet.kernels.native.library import Library
+    from septet.quant.scheme import PackedWeight
+
+torch.set_num_threads(1)
+STEPS: tuple[Mapping[int, int], ...] = (  # line -> new tokens: prompts, chunks, decode, few rows and many
+    {0: 70, 1: 3},
+    {0: 1},
+    {0: 1, 1: 7, 2: 90},
+    {0: 1, 1: 1, 2: 1},
+    {3: 1},
+    {3: 70, 0: 1, 2: 2},
+    {0: 1, 1: 1, 2: 1, 3: 1, 4: 1},
+    {4: 66, 5: 2, 6: 1},
+    {6: 2},
+    {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1},
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return native_library()
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, library: Library) -> str:
+    if not library.has_path(request.param):
+        pytest.skip(f"this CPU lacks {request.param}")
+    return request.param
+
+
+def tape_harness(
+    pair: families.Pair, pool: Pool, path: str, make_source: Callable[[], Any], *, kv_dtype: torch.dtype = torch.float32
+) -> Harness:
+    ops = TapeOps(pool.library, pool, path)
+    build = Build(pair.config, ops, make_source(), torch.device("cpu"), torch.float32, families.MAX_LEN)
+    model = load_model(build)
+    taped = TapeModel()
+    harness = Harness(taped, pair.config, max_len=families.MAX_LEN, dtype=kv_dtype)  # type: ignore[arg-type]
+    taped.tape = record(model, ops, harness.kv)
+    return harness
+
+
+def dense_source(pair: families.Pair, dtype: torch.dtype = torch.float32) -> StateSource:
+    return StateSource(families._state(pair.hf, pair.config.architecture), dtype)
+
+
+def steps(harness: Harness, plan: Sequence[Mapping[int, int]] = STEPS, seed: int = 0) -> list[Tensor]:
+    """Logits of each step, all lines under each other; the same tokens for the same seed."""
+    dice = random.Random(seed)
+    results = []
+    for step in plan:
+        rows = {line: [dice.randrange(families.VOCAB) for _ in range(n)] for line, n in step.items()}
+        results.append(torch.cat(list(harness.step(rows).values())))
+    return results
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_logits_are_those_of_the_reference(family: str, path: str, library: Library) -> None:
+    pair = families.make(family)
+    taped = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair))
+    for got, want, step in zip(steps(taped), steps(pair.harness()), STEPS, strict=True):
+        error = (got - want).abs().max() / want.abs().max()
+        assert error < 1e-5, f"{step}: {error}"  # also false for NaN
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_threads_and_neighbours_change_no_bit(family: str, path: str, library: Library) -> None:
+    """A line's logits depend on its own tokens alone: not on threads, not on what else the step computes."""
+    pair = families.make(family)
+    plan = [{0: 40}, *[{0: 1}] * 3]
+    alone = steps(tape_harness(pair, Pool(library, 1), path, lambda: dense_source(pair)), plan)
+    for threads in (2, 3):
+        crowd = tape_harness(pair, Pool(library, threads), path, lambda: dense_source(pair))
+        dice, others = random.Random(0), random.Random(1)
+        for step, want in zip(plan, alone, strict=True):
+            rows = {line: [others.randrange(families.VOCAB)] * line for line in (3, 5, 1, 2)}
+            rows = dict(list(rows.items())[:2]) | {
+                0: [dice.randrange(families.VOCAB) for _ in range(step[0])],
+                **dict(list(rows.items())[2:]),
+            }
+            assert torch.equal(crowd.step(rows)[0], want)
+
+
+def test_chunks_of_a_prompt_change_no_bit(path: str, library: Library) -> None:
+    pair = families.make("gemma3")
+    dice = random.Random(5)
+    prompt = [dice.randrange(families.VOCAB) for _ in range(150)]
+    whole = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair)).step({0: prompt})[0]
+    chunked = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair))
+    parts = [chunked.step({0: prompt[lo:hi]})[0] for lo, hi in ((0, 7), (7, 70), (70, 72), (72, 150))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.bfloat16])
+def test_small_pools(kv_dtype: torch.dtype, path: str, library: Library) -> None:
+    """Keys and values rounded to the pool's type, by the tape as by torch."""
+    pair = families.make("qwen3")
+    taped = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair), kv_dtype=kv_dtype)
+    oracle = Harness(pair.model, pair.config, max_len=families.MAX_LEN, dtype=kv_dtype)
+    for got, want in zip(steps(taped), steps(oracle), strict=True):
+        assert (got - want).abs().max() / want.abs().max() < (3e-3 if kv_dtype == torch.float16 else 2e-2)
+
+
+class BlockSource(StateSource):
+    """Matrices as GGUF blocks, cycling through `kinds`; F16 where the width is no multiple of 32."""
+
+    def __init__(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
+        super().__init__(state)
+        self.kinds = list(kinds)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+        self.kinds.append(self.kinds.pop(0))
+        kind = self.kinds[-1] if shape[1] % 32 == 0 else "F16"
+        values = self.vector(name, shape).numpy()
+        blocks = torch.from_numpy(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]))
+        return GGUFBlocks(kind).pack(blocks.view(torch.uint8))
+
+
+class EightBitOps(ReferenceOps):
+    """The reference with inputs of block products rounded to int8, 32 a scale, as the native kernels do."""
+
+    block_kinds = frozenset(BLOCKS)
+
+    def block_linear(self, x: Tensor, blocks: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+        if kind in ("F16", "F32"):
+            return super().block_linear(x, blocks, kind, bias)
+        parts = x.view(x.shape[0], -1, 32)
+        scale = parts.abs().amax(-1, keepdim=True) / 127
+        codes = (parts / scale.clamp(min=1e-30)).round()
+        x = (codes * scale).view(x.shape)
+        return torch.nn.functional.linear(x, ggml.dequantize(blocks, kind, torch.float32), bias)
+
+
+@pytest.mark.parametrize("kinds", [["Q8_0"], ["Q4_0", "Q8_0", "Q5_1"], ["Q4_1", "Q4_1", "Q5_0"]])
+def test_quantised_models(kinds: list[str], path: str, library: Library) -> None:
+    """Mixed kinds split q, k, v and gate, up into several products whose outputs lie side by side."""
+    pair = families.make("llama")
+    state = families._state(pair.hf, pair.config.architecture)
+    taped = tape_harness(pair, Pool(library, 2), path, lambda: BlockSource(state, kinds))
+    build = Build(
+        pair.config, EightBitOps(), BlockSource(state, kinds), torch.device("cpu"), torch.float32, families.MAX_LEN
+    )
+    oracle = dataclasses.replace(pair, model=load_model(build)).harness()
+
+    # A value half way between two codes may round either way, by a 127th of its block: rarely, but what a line has once
+    # in its cache stays there. So: most short lines agree to float32, and no long one strays.
+    def errors(plan: Sequence[Mapping[int, int]]) -> list[float]:
+        pairs = zip(steps(taped, plan), steps(oracle, plan), strict=True)
+        return sorted(e for got, want in pairs for e in ((got - want).norm(dim=-1) / want.norm(dim=-1)).tolist())
+
+    short = errors([{line: 1 + line % 2} for line in range(4)] + [dict.fromkeys(range(4, 8), 3)])
+    assert short[len(short) * 3 // 4] < 5e-6
+    long = errors([{0: 100, 2: 3}, {0: 1}, {0: 1, 1: 1, 2: 1}])
+    assert long[0] < 5e-6
+    assert long[-1] < 8e-2
+
+
+def test_unknown_ids_are_refused(library: Library) -> None:
+    pair = families.make("llama")
+    taped = tape_harness(pair, Pool(library, 2), "portable", lambda: dense_source(pair))
+    for bad in (-1, families.VOCAB):
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            taped.step({0: [1, bad]})
+
+
+def test_what_cannot_be_recorded_is_said(library: Library) -> None:
+    ops = TapeOps(library, Pool(library, 1), "portable")
+    with pytest.raises(UnsupportedModel, match="reference"):
+        ops.rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-5)

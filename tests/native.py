@@ -1,0 +1,36 @@
+"""The native library for tests: loaded, or the test is skipped with the reason; models recorded on a tape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from septet.kernels.native.library import NativeUnavailable, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from septet.kernels.native.library import Library
+    from septet.kernels.native.tape import Tape
+    from septet.layers.batch import ForwardBatch
+
+__all__ = ["TapeModel", "native_library"]
+
+
+def native_library() -> Library:
+    try:
+        return load()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+class TapeModel:
+    """A tape where `tests.forward.Harness` wants a model."""
+
+    tape: Tape
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        logits = self.tape.run(batch.ids, batch.layout, batch.logits_at)
+        assert logits is not None
+        return logits
