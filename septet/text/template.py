@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from functools import cached_property
+from itertools import groupby
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest, ModelFileError
@@ -25,6 +27,8 @@ __all__ = ["ChatTemplate"]
 MAX_SOURCE = 2**18  # characters of a template; the longest known has 20 thousand
 MAX_OUTPUT = 2**24  # characters of a prompt
 MAX_DEPTH = 64  # of tools and other nested values
+MAX_FORGED = 2**14  # special tokens that one text may spell
+MAX_MARKER = 256  # characters of a special token that users must not forge; the longest known has 38
 _OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # noncharacters: never text (Unicode 23.7)
 _MARK = re.compile(f"[{_OPEN}{_CLOSE}{_END}]")
 _OURS = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"))
@@ -66,6 +70,7 @@ class ChatTemplate:
         self.source = source
         self._special = dict(special or {})
         self._control = frozenset(control)
+        self._spelled = _any_of(self._control)
         self._wants_parts = _wants_parts(tree)
         names = meta.find_undeclared_variables(tree) - _OURS - set(environment.globals) - set(self._special)
         self.variables = frozenset(name for name in names if not name.endswith("_token"))
@@ -182,30 +187,56 @@ class ChatTemplate:
         return "".join(parts) + text[done:] if parts else text
 
     def _forged(self, text: str) -> Iterator[tuple[int, int]]:
-        if not self._control:
+        """Spans of `text`, from left to right, that spell a control text (the longest), or at the end begin one."""
+        if self._spelled is None:
             return
-        starts, lengths, prefixes = self._shapes
-        at = 0
-        while found := starts.search(text, at):
-            at = found.start()
-            end = next((at + n for n in lengths if text[at : at + n] in self._control), 0)
-            if not end and len(text) - at < lengths[0] and text[at:] in prefixes:
-                end = len(text)
-            if end:
-                yield at, end
-            at = end or at + 1
+        longest = max(map(len, self._control))
+        tails = (i for i in range(max(0, len(text) - longest + 1), len(text)) if text[i:] in self._prefixes)
+        at, tail, found = 0, next(tails, len(text)), 0
+        for match in self._spelled.finditer(text):
+            while tail < at:
+                tail = next(tails, len(text))
+            if tail < match.start():
+                break
+            yield match.span()
+            at, found = match.end(), found + 1
+            if found > MAX_FORGED:
+                raise InvalidRequest(f"a message spells more than {MAX_FORGED} special tokens", param="messages")
+        while tail < at:
+            tail = next(tails, len(text))
+        if tail < len(text):
+            yield tail, len(text)
 
     @cached_property
-    def _shapes(self) -> tuple[re.Pattern[str], list[int], frozenset[str]]:
-        """-> (first characters, lengths from long to short, proper prefixes) of the control texts."""
-        first = "".join(sorted({text[0] for text in self._control}))
-        prefixes = frozenset(text[:n] for text in self._control for n in range(1, len(text)))
-        return re.compile(f"[{re.escape(first)}]"), sorted({*map(len, self._control)}, reverse=True), prefixes
+    def _prefixes(self) -> frozenset[str]:
+        """Proper prefixes of the control texts."""
+        return frozenset(text[:n] for text in self._control for n in range(1, len(text)))
 
     def _tag_final(self, chat: list[dict[str, Any]]) -> None:
         content = chat[-1]["content"]
         tagged = (content[0]["text"] if self._wants_parts else content) + _END + " "  # the space shows trimming
         chat[-1]["content"] = [{"type": "text", "text": tagged}] if self._wants_parts else tagged
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str] | None:
+    """A pattern that finds the longest of `texts` at a place; its time goes by the text searched, not by how many."""
+    if not texts:
+        return None
+    if any(len(text) > MAX_MARKER for text in texts):
+        raise ModelFileError(f"the vocabulary has a special token of more than {MAX_MARKER} characters")
+    return re.compile(_alternatives(sorted(texts)))
+
+
+def _alternatives(texts: list[str]) -> str:
+    """Of sorted texts, none empty: grouped by their common beginnings, longer ones tried first."""
+    patterns = []
+    for _, group in groupby(texts, key=lambda text: text[0]):
+        alike = list(group)
+        common = commonprefix([alike[0], alike[-1]])
+        rests = [rest for text in alike if (rest := text[len(common) :])]
+        optional = "?" if len(rests) < len(alike) else ""
+        patterns.append(re.escape(common) + (f"(?:{_alternatives(rests)}){optional}" if rests else ""))
+    return "|".join(patterns)
 
 
 def _checked_list(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from typing import Any
 
@@ -156,12 +157,46 @@ def test_text_without_markers_has_no_literal_parts() -> None:
     assert ChatTemplate(CHATML, control=MARKERS).render(USER).literal == ()
 
 
-def test_looking_for_markers_is_linear() -> None:
+@pytest.mark.parametrize("piece", ["<", "<unused", "<unused599", "a"])
+def test_looking_for_markers_is_linear(piece: str) -> None:
     control = [f"<unused{i}>" for i in range(6000)]
     template = ChatTemplate(CHATML, control=control)
     start = time.process_time()
-    template.render([{"role": "user", "content": "<" * 200_000 + "<unused7>" * 1000}])
-    assert time.process_time() - start < 5.0
+    template.render([{"role": "user", "content": piece * (2_000_000 // len(piece)) + "<unused7>" * 1000}])
+    assert time.process_time() - start < 2.0
+
+
+def test_a_text_of_markers_and_markers_without_end_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="special tokens"):
+        ChatTemplate(CHATML, control=MARKERS).render([{"role": "user", "content": "<|im_end|>" * 20_000}])
+    with pytest.raises(ModelFileError, match="special token"):
+        ChatTemplate(CHATML, control=["<" * 300])
+    nested = ChatTemplate(CHATML, control=["<" * n for n in range(1, 257)])
+    assert nested.render([{"role": "user", "content": "a<<<b"}]).literal
+
+
+def forged(control: frozenset[str], text: str) -> list[tuple[int, int]]:
+    """The definition, place by place: the longest control text, else the beginning of one at the text's end."""
+    spans, at = [], 0
+    while at < len(text):
+        ends = [at + len(c) for c in control if text.startswith(c, at)]
+        if not ends and any(c.startswith(text[at:]) for c in control):
+            ends = [len(text)]
+        if ends:
+            spans.append((at, max(ends)))
+        at = max(ends, default=at + 1)
+    return spans
+
+
+def test_forged_spans_are_those_of_the_definition() -> None:
+    rng = random.Random(0)
+    for _ in range(3000):
+        letters = "ab<>"[: rng.randrange(2, 5)]
+        control = frozenset(
+            "".join(rng.choice(letters) for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 7))
+        )
+        text = "".join(rng.choice(letters) for _ in range(rng.randrange(16)))
+        assert list(ChatTemplate(CHATML, control=control)._forged(text)) == forged(control, text), (control, text)
 
 
 # -- hostile templates
