@@ -117,7 +117,16 @@ class FakeClient:
         self.aborted.extend(ids)
 
     async def stats(self) -> EngineStats:
-        return EngineStats(running=2, waiting=1, slots_total=100, slots_leased=25, prompt_tokens=40, cached_tokens=10)
+        return EngineStats(
+            running=2,
+            waiting=1,
+            slots_total=100,
+            slots_leased=25,
+            prompt_tokens=40,
+            cached_tokens=10,
+            failed_steps=3,
+            audit_failures=1,
+        )
 
     async def close(self) -> None:
         self.dead = True

@@ -20,6 +20,7 @@ from septet.cli.serve import engine_options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from septet.request import SamplingParams
     from septet.session.events import Usage
@@ -275,11 +276,10 @@ def _reader() -> Callable[[], Any]:
     return ask
 
 
-def _history_file() -> Any:
-    import os
-    from pathlib import Path
+def _history_file() -> Path:
+    from septet.hub.store import home_directory
 
-    home = Path(os.environ.get("SEPTET_HOME") or Path.home() / ".septet")
+    home = home_directory()
     home.mkdir(parents=True, exist_ok=True)
     path = home / "run_history"
     path.touch(mode=0o600, exist_ok=True)

@@ -95,6 +95,8 @@ _COUNTERS = (
     ("septet:computed_tokens", "Tokens that went through the model", "computed_tokens"),
     ("septet:steps", "Engine steps", "steps"),
     ("septet:mixed_steps", "Steps with prefill and decode together", "mixed_steps"),
+    ("septet:failed_steps", "Engine steps that raised; their requests ended with an error", "failed_steps"),
+    ("septet:audit_failures", "Audits that found KV slots or rows lost", "audit_failures"),
     ("septet:step_seconds", "Wall time in steps", "step_s"),
     ("septet:host_seconds", "Of that, scheduling and commit on the host", "host_s"),
 )

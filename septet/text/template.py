@@ -232,7 +232,7 @@ def _alternatives(texts: list[str]) -> str:
     patterns = []
     for _, group in groupby(texts, key=lambda text: text[0]):
         alike = list(group)
-        common = commonprefix([alike[0], alike[-1]])
+        common = commonprefix([alike[0], alike[-1]])  # noqa: RUF071 - of characters, not of paths
         rests = [rest for text in alike if (rest := text[len(common) :])]
         optional = "?" if len(rests) < len(alike) else ""
         patterns.append(re.escape(common) + (f"(?:{_alternatives(rests)}){optional}" if rests else ""))

@@ -104,3 +104,12 @@ def test_terms_in_html_are_shown_as_text(store: Store) -> None:
     text = septet("show", "org/x", "--license").output
     assert "Be kind." in text
     assert not any(word in text for word in ("evil", "menu", "<b>"))
+
+
+def test_the_chats_history_lies_in_the_home_that_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from septet.cli.run import _history_file
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SEPTET_HOME", "~/models")
+    assert _history_file() == tmp_path / "models" / "run_history"
+    assert _history_file().stat().st_mode & 0o077 == 0

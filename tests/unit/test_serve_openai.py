@@ -337,6 +337,8 @@ def test_metrics_in_vllms_names() -> None:
         f"vllm:prefix_cache_queries_total{labels} 40.0",
         f"vllm:prefix_cache_hits_total{labels} 10.0",
         f"septet:engine_up{labels} 1.0",
+        f"septet:failed_steps_total{labels} 3.0",
+        f"septet:audit_failures_total{labels} 1.0",
         'vllm:request_success_total{engine="0",finished_reason="stop",model_name="fake"} 2.0',
         f"vllm:time_to_first_token_seconds_count{labels} 2.0",
         f"vllm:request_generation_tokens_sum{labels} 8.0",
