@@ -13,7 +13,7 @@ import itertools
 import logging
 import queue
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from septet.engine.messages import (
     Abort,
@@ -24,6 +24,7 @@ from septet.engine.messages import (
     StatsReply,
     StatsRequest,
     Submit,
+    Teach,
     Update,
 )
 from septet.engine.wire import AsyncEnd, Disconnected, FrameTooLarge, WireError, encode
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 
     from septet.config import EngineConfig
     from septet.engine.executor import Executor
+    from septet.engine.grammars import Grammars
     from septet.engine.process import EngineProcess
     from septet.engine.scheduler import Scheduler
     from septet.engine.wire import Message
+    from septet.grammar.vocabulary import Vocabulary
     from septet.request import Request
 
 __all__ = ["EngineClient", "InlineClient", "ProcessClient"]
@@ -69,6 +72,10 @@ class EngineClient(Protocol):
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; their generators yield a last update with `finish_reason` ABORT. Others are ignored."""
+        ...
+
+    def teach(self, vocabulary: Vocabulary) -> None:
+        """What the tokens stand for: needed once before the first request with `params.structured`."""
         ...
 
     async def stats(self) -> EngineStats:
@@ -174,6 +181,10 @@ class _Client:
     def abort(self, ids: Iterable[str]) -> None:
         if not self.dead:
             self._post(Abort(tuple(ids)))
+
+    def teach(self, vocabulary: Vocabulary) -> None:
+        self._check_alive()
+        self._post(Teach(vocabulary))
 
     async def stats(self) -> EngineStats:
         self._check_alive()
@@ -361,7 +372,7 @@ class _QueueInbox:
     """An inbox within one process."""
 
     def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # messages, and notes of the engine to itself
 
     def receive(self, timeout: float | None) -> list[Message]:
         messages: list[Message] = []
@@ -375,14 +386,24 @@ class _QueueInbox:
 class InlineClient(_Client):
     """An engine whose loop turns in a thread of this process: the same words, no sockets. Make it inside a loop."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, info: EngineInfo, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineInfo,
+        *,
+        grammars: Grammars | None = None,
+        strict: bool = False,
+    ) -> None:
         from septet.engine.loop import EngineLoop
 
         super().__init__()
         self.info = info
         self._home = asyncio.get_running_loop()
         self._inbox = _QueueInbox()
-        self.loop = EngineLoop(scheduler, executor, self._inbox, self, strict=strict)
+        if grammars is not None:
+            grammars.notify = self._inbox.queue.put
+        self.loop = EngineLoop(scheduler, executor, self._inbox, self, grammars=grammars, strict=strict)
         self._fatal: Fatal | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -393,7 +414,7 @@ class InlineClient(_Client):
         from septet.engine.process import build_engine
 
         engine = await asyncio.to_thread(build_engine, config)
-        return cls(engine.scheduler, engine.executor, engine.info, strict=strict)
+        return cls(engine.scheduler, engine.executor, engine.info, grammars=engine.grammars, strict=strict)
 
     async def close(self) -> None:
         if not self.dead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
     from septet.step import StepPlan
 
@@ -20,6 +21,12 @@ class LocalExecutor:
 
     def launch(self, plan: StepPlan) -> StepOnDevice:
         return self.runner.run(plan)
+
+    def constrain(self, grammars: Grammars, vocab_size: int) -> None:
+        """Hold constrained requests to the grammars that are kept there."""
+        from septet.engine.constraints import Constraints
+
+        self.runner.constraints = Constraints(grammars, vocab_size, self.runner.staging.device)
 
     def close(self) -> None:
         self.runner.graphs = None

@@ -13,15 +13,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from septet.engine.chores import Chores, HostClock
-from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Update
+from septet.engine.grammars import GrammarReady
+from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Teach, Update
 from septet.engine.wire import Disconnected
-from septet.errors import EngineDead, SeptetError
+from septet.errors import EngineDead, InvalidRequest, SeptetError
 from septet.request import FinishReason, Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from septet.engine.executor import Executor, PendingStep
+    from septet.engine.grammars import Grammars
     from septet.engine.messages import EngineStats
     from septet.engine.scheduler import Scheduler
     from septet.engine.wire import Message
@@ -57,6 +59,7 @@ class EngineLoop:
         inbox: Inbox,
         outbox: Outbox,
         *,
+        grammars: Grammars | None = None,  # None: the executor knows no grammars, and requests with one are refused
         strict: bool = False,  # tests: a failed audit raises
         owns_gc: bool = False,  # in a process of its own, garbage is collected when nobody waits
         max_failures: int = MAX_FAILURES,
@@ -66,6 +69,7 @@ class EngineLoop:
         self.executor = executor
         self.inbox = inbox
         self.outbox = outbox
+        self.grammars = grammars
         self.max_failures = max_failures
         self.in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self.running = True
@@ -90,6 +94,8 @@ class EngineLoop:
             return 1
         finally:
             self.executor.close()
+            if self.grammars is not None:
+                self.grammars.close()
 
     def turn(self) -> None:
         """One turn: hear what has arrived, plan, launch, commit the step before."""
@@ -113,7 +119,11 @@ class EngineLoop:
                 case Submit(requests):
                     self._say([update for request in requests for update in self._submit(request)])
                 case Abort(ids):
-                    self._say([update for id in ids for update in self.scheduler.abort(id)])
+                    self._say([update for id in ids for update in self._abort(id)])
+                case GrammarReady(id):
+                    self._say(self._grammar_ready(id))
+                case Teach(vocabulary) if self.grammars is not None:
+                    self.grammars.teach(vocabulary)
                 case StatsRequest(ticket):
                     self.outbox.send([StatsReply(ticket, self.stats())])
                 case Shutdown():
@@ -125,23 +135,52 @@ class EngineLoop:
     def _submit(self, request: Request) -> list[Update]:
         """Queue a request; a refusal, or any failure to take it in, is its answer and nobody else's business."""
         try:
-            self.scheduler.submit(request)
-        except SeptetError as refusal:
-            return [_failed(request.id, str(refusal), refusal.kind)]
-        except Exception:
-            log.exception("could not take in a request")
-            return [_failed(request.id, "the engine could not take in this request", SeptetError.kind)]
+            if request.params.structured is None:
+                self.scheduler.submit(request)
+            elif self.grammars is None:
+                raise InvalidRequest("this engine has no grammars: structured output is not supported")
+            else:
+                self.scheduler.check(request)
+                self.grammars.wait(request)
+        except Exception as error:
+            return [_refused(request.id, error)]
         return []
+
+    def _grammar_ready(self, id: str) -> list[Update]:
+        """A constrained request may start, or its grammar is refused; nothing if it has gone meanwhile."""
+        assert self.grammars is not None
+        try:
+            request = self.grammars.ready(id)
+            if request is not None:
+                self.scheduler.submit(request)
+        except Exception as error:
+            return [_refused(id, error)]
+        return []
+
+    def _abort(self, id: str) -> list[Update]:
+        if self.grammars is not None and self.grammars.leave(id):
+            return [Update(id, finish_reason=FinishReason.ABORT)]
+        return self.scheduler.abort(id)
 
     def _say(self, updates: list[Update]) -> None:
         """All updates of one step in one frame."""
         if updates:
+            if self.grammars is not None and self.grammars.held:
+                self._release(updates)
             self.outbox.send(updates)
+
+    def _release(self, updates: list[Update]) -> None:
+        assert self.grammars is not None
+        for update in updates:
+            if update.finish_reason is not None:
+                self.grammars.release(update.request)
 
     def stats(self) -> EngineStats:
         """The scheduler's figures with the loop's own."""
+        stats = self.scheduler.stats
         return replace(
-            self.scheduler.stats,
+            stats,
+            waiting=stats.waiting + (len(self.grammars) if self.grammars is not None else 0),
             step_s=self.clock.step_s,
             host_s=self.clock.host_s,
             progress_at=self.clock.progress_at,
@@ -188,7 +227,8 @@ class EngineLoop:
     def _shut_down(self) -> None:
         """Abort everything, answer every request, let the steps in flight come to their end."""
         self.running = False
-        self._say(self.scheduler.abort_all())
+        ids = self.grammars.leave_all() if self.grammars is not None else []
+        self._say([*(Update(id, finish_reason=FinishReason.ABORT) for id in ids), *self.scheduler.abort_all()])
         while self.in_flight:
             self._commit()
 
@@ -199,6 +239,14 @@ class EngineLoop:
             self.outbox.send([fatal])
         except SeptetError:
             log.info("nobody left to tell")
+
+
+def _refused(request: str, error: Exception) -> Update:
+    """A request that could not be taken in: our own errors in their words, others with a traceback in the log."""
+    if isinstance(error, SeptetError):
+        return _failed(request, str(error), error.kind)
+    log.error("could not take in a request", exc_info=error)
+    return _failed(request, "the engine could not take in this request", SeptetError.kind)
 
 
 def _failed(request: str, error: str, kind: str) -> Update:

@@ -11,16 +11,35 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from septet.request import FinishReason, Request  # noqa: TC001 - msgspec evaluates the annotations
-from septet.step import Logprobs  # noqa: TC001
+from septet.grammar.vocabulary import Vocabulary
+from septet.request import FinishReason, Request
+from septet.step import Logprobs
 
-__all__ = ["Abort", "EngineInfo", "EngineStats", "Fatal", "Shutdown", "StatsReply", "StatsRequest", "Submit", "Update"]
+__all__ = [
+    "Abort",
+    "EngineInfo",
+    "EngineStats",
+    "Fatal",
+    "Shutdown",
+    "StatsReply",
+    "StatsRequest",
+    "Submit",
+    "Teach",
+    "Update",
+]
 
 
 # -- client to engine -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Submit:
     requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Teach:
+    """The bytes of every token, once, before the first request with a grammar: the engine knows no text otherwise."""
+
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

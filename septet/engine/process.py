@@ -33,6 +33,7 @@ from septet.machine import thread_env, usable_cpus
 
 if TYPE_CHECKING:
     from septet.engine.executor import Executor
+    from septet.engine.grammars import Grammars
     from septet.engine.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineProcess", "build_engine", "serve"]
@@ -112,6 +113,7 @@ class Engine:
     scheduler: Scheduler
     executor: Executor
     info: EngineInfo
+    grammars: Grammars | None = None  # None: the executor has no masks
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -120,12 +122,16 @@ def build_engine(config: EngineConfig) -> Engine:
     from septet.kv.cache import KVCache
 
     executor: Executor
+    grammars = None
     if config.model.startswith(ECHO):
         executor, info = _build_echo(config)
     else:
         from septet.engine.build import build_executor
+        from septet.engine.grammars import Grammars
 
         executor, info = build_executor(config)
+        grammars = Grammars(info.vocab_size, config.max_waiting)
+        executor.constrain(grammars, info.vocab_size)
     try:
         limits = SchedulerLimits(
             max_num_seqs=info.max_num_seqs,
@@ -136,7 +142,8 @@ def build_engine(config: EngineConfig) -> Engine:
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     cache = KVCache(info.num_kv_slots + 1, enable_prefix=config.enable_prefix_caching)  # and the padding slot
-    return Engine(Scheduler(limits, cache, info.vocab_size), executor, replace(info, pid=os.getpid()))
+    scheduler = Scheduler(limits, cache, info.vocab_size)
+    return Engine(scheduler, executor, replace(info, pid=os.getpid()), grammars)
 
 
 def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
@@ -184,7 +191,9 @@ def serve(fd: int) -> int:
         _report(end, error)
         return 1
     gc.collect()
-    return EngineLoop(engine.scheduler, engine.executor, end, end, owns_gc=True).run()
+    if engine.grammars is not None:
+        engine.grammars.notify = end.post
+    return EngineLoop(engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True).run()
 
 
 def _first_frame(end: BlockingEnd) -> EngineConfig:

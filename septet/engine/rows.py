@@ -48,7 +48,8 @@ class RowInfo:
     def plain(self) -> bool:
         """Temperature and seed are all it needs: the captured sampler serves it."""
         p = self.params
-        return not (self.filters or self.penalises or p.logit_bias or p.min_tokens or p.logprobs is not None)
+        adjusts = self.filters or self.penalises or p.logit_bias or p.min_tokens
+        return not (adjusts or p.logprobs is not None or p.structured is not None)
 
 
 class Rows:

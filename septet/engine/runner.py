@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.constraints import Answer, Constraints
     from septet.engine.forward import Forward
     from septet.engine.graphs import DecodeGraphs
     from septet.engine.rows import Rows
@@ -90,6 +91,7 @@ class StepOnDevice:
     tokens: HostCopy | None
     logprobs: LogprobsCopy | None
     prompts: list[PromptPart]
+    answer: Answer | None = None  # what the grammars say of the tokens
 
     def result(self) -> StepResult:
         prompts = {part.request: part.read() for part in self.prompts}
@@ -102,10 +104,19 @@ class StepOnDevice:
             if k is not None and self.logprobs is not None:
                 logprobs.setdefault(request, []).append(self.logprobs.read(i, tokens[i], k))
         requests = dict.fromkeys((*sampled, *prompts))
-        return StepResult(
-            self.step,
-            tuple(_row_result(r, sampled.get(r, []), tuple(logprobs.get(r, ())), prompts.get(r, ())) for r in requests),
-        )
+        results = [_row_result(r, sampled.get(r, []), tuple(logprobs.get(r, ())), prompts.get(r, ())) for r in requests]
+        return StepResult(self.step, tuple(results if self.answer is None else self._judged(self.answer, results)))
+
+    def _judged(self, answer: Answer, results: list[RowResult]) -> list[RowResult]:
+        """The results with what their grammars say."""
+        answer.read()
+        ended = {self.picks[i][0] for i in answer.ended()}
+        errors = {self.picks[i][0]: error for i, error in answer.errors().items()}
+        for k, got in enumerate(results):
+            got.ended = got.request in ended
+            if (error := errors.get(got.request)) is not None and got.error is None:
+                results[k] = RowResult(got.request, error=error.message, error_kind=error.kind)
+        return results
 
 
 def _row_result(
@@ -137,11 +148,14 @@ class Runner:
         self.rows = rows
         self.staging = staging
         self.graphs: DecodeGraphs | None = None
+        self.constraints: Constraints | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOnDevice:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
         self.rows.join(plan.joins, self.staging)
+        if self.constraints is not None:
+            self.constraints.join(plan.joins)
         picks = self._picks(plan.rows)
         decode = all(row.n == 1 and row.n_sample == 1 and not row.prompt_logprobs for row in plan.rows)
         if decode and self.graphs is not None and self.graphs.fits(len(plan.rows)):
@@ -155,7 +169,7 @@ class Runner:
         n = len(plan.rows)
         if plain:
             return StepOnDevice(plan.step, picks, HostCopy(out.tokens[:n]), None, [])
-        sampled = sample(self.ops, out.logits[:n], [p for _, p in picks], self.rows, out.row[:n], out.start[:n] + 1)
+        sampled = self._sample(out.logits[:n], picks, out.row[:n], out.start[:n] + 1)
         return self._written(plan, picks, sampled, out.row[:n], out.start[:n] + 1, [])
 
     def _eager(self, plan: StepPlan, picks: list[tuple[str, Pick]], decode: bool) -> StepOnDevice:
@@ -171,8 +185,14 @@ class Runner:
         prompts = self._prompt_logprobs(plan.rows)
         if logits is None:
             return StepOnDevice(plan.step, picks, HostCopy(sent.start[:1]), None, prompts)  # only to be waited for
-        sampled = sample(self.ops, logits, [p for _, p in picks], self.rows, sent.pick_row, sent.pick_position)
+        sampled = self._sample(logits, picks, sent.pick_row, sent.pick_position)
         return self._written(plan, picks, sampled, sent.pick_row, sent.pick_position, prompts)
+
+    def _sample(self, logits: Tensor, picks: list[tuple[str, Pick]], row: Tensor, position: Tensor) -> Sampled:
+        """The forward pass is under way: now wait for the masks, which need the tokens of the step before."""
+        chosen = [pick for _, pick in picks]
+        masks = self.constraints.masks(chosen) if self.constraints is not None else None
+        return sample(self.ops, logits, chosen, self.rows, row, position, masks)
 
     def _written(
         self,
@@ -185,7 +205,9 @@ class Runner:
     ) -> StepOnDevice:
         self.rows.tokens[row, position] = sampled.tokens.clamp(min=0).int()
         logprobs = LogprobsCopy(sampled.logprobs) if sampled.logprobs is not None else None
-        return StepOnDevice(plan.step, picks, HostCopy(sampled.tokens), logprobs, prompts)
+        tokens = HostCopy(sampled.tokens)
+        answer = self.constraints.follow([pick for _, pick in picks], tokens) if self.constraints is not None else None
+        return StepOnDevice(plan.step, picks, tokens, logprobs, prompts, answer)
 
     def _picks(self, plan_rows: Sequence[PlanRow]) -> list[tuple[str, Pick]]:
         picks = []

@@ -1,10 +1,10 @@
 """From logits to tokens: penalties, bias, filters, noise, log-probabilities; in that order, each row by itself.
 
 Called by the runner with the logits of one step. Order of operations as in vLLM: raw logits -> repetition, frequency
-and presence penalties -> logit bias -> end ids forbidden before min_tokens -> temperature -> top-k -> top-p -> min-p ->
-one draw by the Gumbel-max trick, whose noise is a function of (seed, position, token) (see `Ops.gumbel_argmax`), so
-that a row's answer does not depend on the batch. Log-probabilities are of the raw logits, as vLLM's default. Nothing
-here waits for the device or reads it.
+and presence penalties -> logit bias -> end ids forbidden before min_tokens -> grammar -> temperature -> top-k ->
+top-p -> min-p -> one draw by the Gumbel-max trick, whose noise is a function of (seed, position, token) (see
+`Ops.gumbel_argmax`), so that a row's answer does not depend on the batch. Log-probabilities are of the raw logits, as
+vLLM's default. Nothing here waits for the device or reads it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.constraints import TokenMasks
     from septet.engine.rows import RowInfo, Rows
     from septet.kernels.ops import Ops
 
@@ -54,7 +55,15 @@ class Sampled:
     logprobs: TopLogprobs | None  # for all picks, if any wants them
 
 
-def sample(ops: Ops, logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, position: Tensor) -> Sampled:
+def sample(
+    ops: Ops,
+    logits: Tensor,
+    picks: Sequence[Pick],
+    rows: Rows,
+    row: Tensor,
+    position: Tensor,
+    masks: TokenMasks | None = None,
+) -> Sampled:
     """logits (S, V); `row` and `position` (S,) int64 are the picks' on the device. Does not write to `rows`."""
     raw = logits.float()
     wants = [p.info.params.logprobs for p in picks if p.info.params.logprobs is not None]
@@ -62,6 +71,8 @@ def sample(ops: Ops, logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Ten
     for i, pick in enumerate(picks):
         if _edits(pick):
             _adjust(adjusted[i], pick, rows)
+    if masks is not None:
+        adjusted = ops.apply_mask(adjusted, masks.words, masks.picks)
     temperature = rows.temperature[row]
     if any(p.info.filters for p in picks):
         adjusted = _filter(adjusted, picks, rows, row, temperature)
@@ -84,7 +95,10 @@ def _edits(pick: Pick) -> bool:
 
 
 def _too_early(pick: Pick) -> bool:
-    return pick.position - pick.info.n_prompt < pick.info.params.min_tokens and bool(pick.info.end_ids)
+    """Whether end ids are forbidden. Under a grammar the mask does that, which knows whether there is a choice."""
+    params = pick.info.params
+    early = pick.position - pick.info.n_prompt < params.min_tokens
+    return early and bool(pick.info.end_ids) and params.structured is None
 
 
 def _adjust(logits: Tensor, pick: Pick, rows: Rows) -> None:

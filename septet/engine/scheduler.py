@@ -28,6 +28,8 @@ from septet.request import FinishReason, Request
 from septet.step import Join, Logprobs, PlanRow, RowResult, StepPlan, StepResult
 
 if TYPE_CHECKING:
+    from array import array
+
     from septet.kv.cache import KVCache
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -74,11 +76,7 @@ class Scheduler:
     # -- requests -----------------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> None:
         """Queue a request. InvalidRequest: this engine can't run it. Overloaded: max_waiting are queued already."""
-        if request.id in self._live:
-            raise InvalidRequest(f"a request with id {request.id!r} is under way", param="id")
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests are waiting already: try again later")
-        tokens = check_tokens(request, self.limits, self.vocab_size, self.cache.capacity)
+        tokens = self.check(request)
         self._number += 1
         seq = Sequence(
             request,
@@ -92,6 +90,14 @@ class Scheduler:
         )
         self._live[request.id] = seq
         self._waiting.add(seq)
+
+    def check(self, request: Request) -> array[int]:
+        """The prompt of a request that could be submitted now; raises what `submit` would raise."""
+        if request.id in self._live:
+            raise InvalidRequest(f"a request with id {request.id!r} is under way", param="id")
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting already: try again later")
+        return check_tokens(request, self.limits, self.vocab_size, self.cache.capacity)
 
     def abort(self, id: str) -> list[Update]:
         """End a request wherever it is: its final update, or nothing for an id that is unknown or finished."""

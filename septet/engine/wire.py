@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from septet.config import EngineConfig
-from septet.engine.messages import Abort, EngineInfo, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Update
+from septet.engine.messages import Abort, EngineInfo, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Teach, Update
 from septet.errors import SeptetError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_FRAME = 128 << 20  # bytes: the log-probabilities of a long prompt fit; noth
 READ_SIZE = 1 << 20  # bytes per read
 SEND_BUFFER = 4 << 20  # bytes the kernel may hold while the other end is busy
 
-Message = EngineConfig | Submit | Abort | StatsRequest | Shutdown | EngineInfo | Update | StatsReply | Fatal
+Message = EngineConfig | Submit | Teach | Abort | StatsRequest | Shutdown | EngineInfo | Update | StatsReply | Fatal
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 _ENVELOPE = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _BODIES: dict[str, msgspec.msgpack.Decoder[Any]] = {
     cls.__name__: msgspec.msgpack.Decoder(list[cls])  # type: ignore[valid-type]
-    for cls in (EngineConfig, Submit, Abort, StatsRequest, Shutdown, EngineInfo, Update, StatsReply, Fatal)
+    for cls in (EngineConfig, Submit, Teach, Abort, StatsRequest, Shutdown, EngineInfo, Update, StatsReply, Fatal)
 }
 
 
@@ -134,7 +134,7 @@ class BlockingEnd:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._sock = sock
         self._reader = FrameReader()
-        self._posted: list[Message] = []
+        self._posted: list[Any] = []
         self._closed = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -170,8 +170,8 @@ class BlockingEnd:
         except OSError as error:
             raise Disconnected(f"the client is gone: {error.strerror}") from error
 
-    def post(self, message: Message) -> None:
-        """Put a message into the inbox from another thread or a signal handler."""
+    def post(self, message: Any) -> None:
+        """Put a message, or a note of the engine to itself, into the inbox from another thread or a signal handler."""
         self._posted.append(message)
         if not self._closed:
             with contextlib.suppress(BlockingIOError):  # a full pipe wakes the reader all the same
@@ -195,7 +195,7 @@ class BlockingEnd:
             raise Disconnected("the client is gone: end of the stream" + " inside a frame" * self._reader.partial)
         return self._reader.feed(data)
 
-    def _take_posted(self) -> list[Message]:
+    def _take_posted(self) -> list[Any]:
         os.read(self._wake_read, 4096)
         taken, self._posted = self._posted, []
         return taken

@@ -146,19 +146,22 @@ def _structure(structure: Any, triggers: list[str], where: str) -> tuple[str, st
 
 
 def _islands(islands: dict[str, list[str]], special: Mapping[str, int], at_least_one: bool, only_one: bool) -> str:
+    """Lark: islands in free text. With `at_least_one` the first begins at once; with `only_one` it is the end."""
     used = {trigger: bodies for trigger, bodies in islands.items() if bodies}
-    names = [f"island_{i}" for i in range(len(used))]
-    either = "(" + " | ".join(names) + ")"
-    repeat = either if at_least_one and only_one else either + ("+" if at_least_one else "?" if only_one else "*")
-    tail = "" if only_one and at_least_one else " tail" if not only_one else ""
-    lines = [f"start: {repeat}{tail}" if not (only_one and not at_least_one) else f"start: {either} | tail"]
-    lines += ["tail: TEXT", f"TEXT: {ANY_TEXT}"]
+    later = "(" + " | ".join(f"later_{i}" for i in range(len(used))) + ")"
+    first = "(" + " | ".join(f"first_{i}" for i in range(len(used))) + ")"
+    if only_one:
+        start = first if at_least_one else f"{later} | tail"
+    else:
+        start = f"{first} {later}* tail" if at_least_one else f"{later}* tail"
+    lines = [f"start: {start}", "tail: TEXT", f"TEXT: {ANY_TEXT}"]
     for i, (trigger, bodies) in enumerate(used.items()):
-        body = " | ".join(bodies)
+        lines.append(f"body_{i}: " + " | ".join(bodies))
+        lines.append(f"first_{i}: {_piece(trigger, special)} body_{i}")
         if trigger in special:
-            lines.append(f"island_{i}: TEXT <[{special[trigger]}]> ({body})")
+            lines.append(f"later_{i}: TEXT <[{special[trigger]}]> body_{i}")
         else:
-            lines += [f"trigger_{i}[lazy]: TEXT {_text(trigger)}", f"island_{i}: trigger_{i} ({body})"]
+            lines += [f"trigger_{i}[lazy]: TEXT {_text(trigger)}", f"later_{i}: trigger_{i} body_{i}"]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ Written to be read beside `ops.py`; correct before fast, but whole-tensor throug
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,11 +139,27 @@ class ReferenceOps(Ops):
         bad = torch.isnan(logits).any(-1)
         return torch.where(bad, -1, logits.argmax(-1))
 
+    def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        forbidden = _unset_bits(mask, logits.shape[1])
+        if len(rows) == len(logits):
+            return logits.masked_fill(forbidden, float("-inf"))
+        return logits.index_copy(0, rows, logits[rows].masked_fill_(forbidden, float("-inf")))
+
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         hot = (temperature > 0)[:, None]
         scaled = logits / torch.where(hot, temperature[:, None], 1.0)
         noisy = torch.where(hot, scaled + gumbel_noise(seeds, positions, logits.shape[1]), scaled)
         return self.argmax(noisy)
+
+
+def _unset_bits(mask: Tensor, n: int) -> Tensor:
+    """mask (C, W) int32 -> (C, n) bool: which of the first n bits are 0, least significant first."""
+    if mask.is_cuda:
+        return ((mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1).flatten(1)[
+            :, :n
+        ] == 0
+    clear = np.unpackbits((~mask).contiguous().numpy().view(np.uint8), axis=1, count=n, bitorder="little")
+    return torch.from_numpy(clear).view(torch.bool)
 
 
 def _visible(positions: Tensor, at: Tensor, window: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from septet.kernels.reference import ReferenceOps
 from septet.kernels.triton.act import gated_act
 from septet.kernels.triton.attention import attention
 from septet.kernels.triton.embed import embed
+from septet.kernels.triton.mask import apply_mask
 from septet.kernels.triton.norm import add_rms_norm, rms_norm
 from septet.kernels.triton.qkv import qkv_write
 from septet.kernels.triton.sample import argmax, gumbel_argmax
@@ -71,6 +72,9 @@ class TritonOps(ReferenceOps):
 
     def argmax(self, logits: Tensor) -> Tensor:
         return argmax(logits)
+
+    def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        return apply_mask(logits, mask, rows)
 
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         return gumbel_argmax(logits, temperature, seeds, positions)
