@@ -86,8 +86,8 @@ class Structured:
 
     @classmethod
     def choice(cls, options: Any, *, after: str | None = None) -> Structured:
-        options = list(options) if not isinstance(options, str) else options
-        if not isinstance(options, list) or not options or not all(isinstance(o, str) and o for o in options):
+        options = list(options) if isinstance(options, list | tuple) else None
+        if not options or not all(isinstance(o, str) and o for o in options):
             raise InvalidRequest("structured: choice must be a list of non-empty strings", param="structured")
         return cls("choice", _dump("choice", options), after)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from septet.request import SamplingParams
     from septet.session.events import Usage
     from septet.session.session import Session
+    from septet.structured import Structured
 
 __all__ = ["Stats", "run", "started", "stream_answer"]
 
@@ -60,6 +61,9 @@ class Stats:
 @click.option("--top-k", type=int, default=0, help="0: off.")
 @click.option("--max-tokens", type=int, default=None, help="[default: up to the context's end]")
 @click.option("--seed", type=int, default=None)
+@click.option(
+    "--schema", type=click.Path(exists=True, dir_okay=False), help="JSON schema that answers follow (a file)."
+)
 @click.option("--stats/--no-stats", default=True, help="TTFT, tokens/s and the cache's share after each answer.")
 @engine_options
 def run(
@@ -71,13 +75,21 @@ def run(
     top_k: int,
     max_tokens: int | None,
     seed: int | None,
+    schema: str | None,
     stats: bool,
     **options: Any,
 ) -> None:
     """Ask MODEL one PROMPT, or chat with it."""
     from septet.request import SamplingParams
 
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        structured=_schema(schema) if schema else None,
+    )
     opening = [{"role": "system", "content": system}] if system else []
     if prompt is None and not sys.stdin.isatty():
         prompt = _standard_input()
@@ -88,6 +100,18 @@ def run(
         asyncio.run(_ask_once(model, [*opening, {"role": "user", "content": prompt}], params, stats, options))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _schema(path: str) -> Structured:
+    from pathlib import Path
+
+    from septet.errors import InvalidRequest
+    from septet.structured import Structured
+
+    try:
+        return Structured.json_schema(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8: {error}", param="schema") from None
 
 
 def _standard_input() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
 from septet.serve.fields import CHAT, COMPLETION, Fields
+from septet.serve.structured import structured_of
 from septet.serve.tools import checked_calls, checked_id, tool_choice
 from septet.session.reading import Reading
 
@@ -169,6 +170,7 @@ def _params(fields: Fields, own: dict[str, Any]) -> SamplingParams:
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(fields.array("stop_token_ids"))
     values["logit_bias"] = _logit_bias(fields.object("logit_bias"))
+    values["structured"] = structured_of(fields)
     return SamplingParams(**(values | own))
 
 

@@ -44,9 +44,12 @@ _TAKEN = """
     model stream stream_options n temperature top_p top_k min_p seed stop stop_token_ids presence_penalty
     frequency_penalty repetition_penalty logit_bias min_tokens ignore_eos include_stop_str_in_output
     skip_special_tokens prompt_logprobs priority cache_salt logprobs echo add_special_tokens return_token_ids
+    response_format structured_outputs guided_json guided_regex guided_choice guided_grammar
 """
-_HARMLESS = "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id"
-_GRAMMAR = _only(why="constrained output is not supported yet")
+_HARMLESS = """
+    user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id
+    guided_decoding_backend
+"""
 _REFUSED = {
     "use_beam_search": _only(False, why="beam search is not supported"),
     "length_penalty": _only(1, 1.0, why="beam search is not supported"),
@@ -59,13 +62,7 @@ _REFUSED = {
     "prompt_embeds": _only(why="tensors in requests are not accepted"),
     "kv_transfer_params": _only(),
     "vllm_xargs": _only({}),
-    "response_format": _only({"type": "text"}, why="only {'type': 'text'} is supported yet"),
-    "structured_outputs": _GRAMMAR,
-    "guided_json": _GRAMMAR,
-    "guided_regex": _GRAMMAR,
-    "guided_choice": _GRAMMAR,
-    "guided_grammar": _GRAMMAR,
-    "guided_decoding_backend": _GRAMMAR,
+    "guided_whitespace_pattern": _only(why="not supported; white space between JSON's tokens is bounded"),
 }
 
 COMPLETION = _table(

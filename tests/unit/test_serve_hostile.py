@@ -134,8 +134,8 @@ def test_slow_body_times_out(path: str) -> None:
         ("skip_special_tokens", "no"), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
         ("priority", "high"), ("priority", True), ("priority", 2**40), ("cache_salt", 5), ("cache_salt", "x" * 999),
         ("model", 5), ("echo", "a"),
-        ("response_format", {"type": "json_object"}), ("best_of", 3), ("use_beam_search", True),
-        ("guided_json", {}), ("structured_outputs", {"regex": "a"}), ("truncate_prompt_tokens", 5),
+        ("response_format", {"type": "xml"}), ("best_of", 3), ("use_beam_search", True),
+        ("guided_json", 3), ("structured_outputs", {"regexp": "a"}), ("truncate_prompt_tokens", 5),
         ("prompt_embeds", "AAAA"), ("logits_processors", ["os.system"]),
     ],
 )  # fmt: skip
