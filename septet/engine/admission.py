@@ -64,6 +64,7 @@ def check_tokens(request: Request, limits: SchedulerLimits, vocab_size: int, cap
     except (TypeError, OverflowError):
         raise InvalidRequest("the prompt must be token ids (integers below 2**31)", param="prompt") from None
     _check_ids("prompt", tokens, vocab_size)
+    _check_ids("eos_token_ids", request.eos_token_ids, vocab_size)
     _check_ids("stop_token_ids", request.params.stop_token_ids, vocab_size)
     _check_ids("logit_bias", request.params.logit_bias, vocab_size)
     return tokens

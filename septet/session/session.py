@@ -86,6 +86,8 @@ class Session:
         self.model_name = model_name
         self.limits = limits
         self.reply_format = reply_format  # None: answers are plain text whatever the reading says
+        # A tokenizer may name ends that the model has no row for: they can't be sampled, and must not be masked.
+        self._ends = tuple(token for token in tokenizer.eos_token_ids if token < limits.vocab_size)
         self._rng = rng or random.Random(secrets.randbits(64))
         self._prefix = secrets.token_hex(4)
         self._numbers = count()
@@ -98,9 +100,10 @@ class Session:
         """Tokenise (or take) a prompt and check that it fits."""
         if isinstance(prompt, str):
             return Prompt(self._fitting(await self._encode(prompt, add_special_tokens)), str(prompt))
+        ids: Sequence[int] = prompt
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise InvalidRequest(f"prompt is {repr(prompt)[:40]}, neither text nor a list of token ids", param="prompt")
-        return Prompt(self._checked_ids(self._fitting(prompt)))
+        return Prompt(self._checked_ids(self._fitting(ids)))
 
     async def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Tool] = (), **options: Any
@@ -224,7 +227,7 @@ class Session:
                 id=f"{self._prefix}-{next(self._numbers)}",
                 tokens=prompt.tokens,
                 params=self._of_choice(base, index),
-                eos_token_ids=tuple(self.tokenizer.eos_token_ids),
+                eos_token_ids=self._ends,
                 priority=priority,
                 arrival=time.monotonic(),
                 cache_salt=cache_salt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,12 @@ def test_a_request_that_cannot_run_is_refused(tokens: list, more: dict, param: s
         engine.submit(request("r", tokens, **more))
     assert refusal.value.param == param
     assert not engine.busy
+
+
+def test_an_end_outside_of_the_vocabulary_is_refused() -> None:
+    engine = Engine(capacity=100)
+    with pytest.raises(InvalidRequest, match=f"eos_token_ids names token id {VOCAB}"):
+        engine.submit(replace(request("r", [1]), eos_token_ids=(VOCAB,)))
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

@@ -15,7 +15,7 @@ from septet.request import FinishReason, SamplingParams
 from septet.session.choice import Choice
 from septet.session.events import Event, Finished, PromptLogprobs, TextDelta
 from septet.session.merge import merge
-from septet.session.session import SHARE_FROM
+from septet.session.session import SHARE_FROM, Limits
 from tests.fakes import EOS, MAX_LEN, ByteTokenizer, FakeClient, session
 
 
@@ -50,6 +50,13 @@ def test_eos_is_counted_but_not_text() -> None:
     assert text_of(events) == "hey"
     assert end_of(events).usage.completion_tokens == 4
     assert (end_of(events).reason, end_of(events).stop_reason) == (FinishReason.STOP, None)
+
+
+def test_ends_that_the_model_has_no_row_for_stay_away_from_the_sampler() -> None:
+    for vocab_size, ends in ((257, (EOS,)), (256, ())):
+        client = FakeClient("hello")
+        gather(session(client, limits=Limits(MAX_LEN, vocab_size)), min_tokens=2)
+        assert client.seen[0].eos_token_ids == ends
 
 
 def test_stop_id_is_named_and_shown_only_when_asked() -> None:
