@@ -124,6 +124,8 @@ SAMPLES = [
     ("seed_oss", "seed_oss", "<seed:think>Hm</seed:think>\n<seed:tool_call>\n<function=now>\n</function>\n"
      "</seed:tool_call>", "", "Hm", [("now", {})]),
     ("lfm2", "", '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>Checking.', "Checking.", "", [PARIS]),
+    ("lfm2", "", '<|tool_call_start|>[{"name": "now", "arguments": {}, "id": "1"}]<|tool_call_end|>', "", "", [("now", {})]),
+    ("nemotron", "", '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</TOOLCALL>', "", "", [PARIS]),
     ("cohere", "cohere", "<|START_THINKING|>Hm<|END_THINKING|><|START_ACTION|>[\n"
      '    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}\n]<|END_ACTION|>', "", "Hm",
      [PARIS]),
@@ -318,6 +320,10 @@ TEMPLATES = [
     ("{{ tools }}<|tool_calls_section_begin|><think>", "kimi_k2", "kimi_k2"),
     ("{{ tools }}<|channel|>analysis<|message|>", "openai", "openai_gptoss"),
     ("{{ tools }}<start_function_call>", "functiongemma", None),
+    ("{{ tools }}<|turn>model<|tool_call>call:<tool_call|><|channel>thought", "gemma4", "gemma4"),
+    ("{{ tools }}<|tool_list_start|>", "lfm2", None),
+    ("{{ tools }}tool_declare<|im_middle|>", "kimi_k2", None),
+    ("{{ tools }}<TOOLCALL>", "nemotron", None),
     ("{{ tools }}<|tool_call|>", "granite", None),
     ("{{ tools }}<|tool_call|><|/tool_call|>", "phi4_mini_json", None),
     ("{{ tools }} strange", "json", None),

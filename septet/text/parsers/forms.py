@@ -66,12 +66,8 @@ class JsonForm:
     def read(self, reader: Reader, calls: Calls) -> Steps[None]:
         yield from reader.space()
         if (yield from reader.accept("[")):
-            while True:
-                yield from reader.space()
-                yield from self._call(reader, calls)
-                yield from reader.space()
-                if (yield from reader.expect(",", "]")) == "]":
-                    return
+            yield from self.read_list(reader, calls)
+            return
         while True:
             yield from self._call(reader, calls)
             if not self.separators:
@@ -80,6 +76,15 @@ class JsonForm:
             if not (yield from reader.accept(*self.separators)):
                 return
             yield from reader.space()
+
+    def read_list(self, reader: Reader, calls: Calls) -> Steps[None]:
+        """From behind the opening bracket."""
+        while True:
+            yield from reader.space()
+            yield from self._call(reader, calls)
+            yield from reader.space()
+            if (yield from reader.expect(",", "]")) == "]":
+                return
 
     def _call(self, reader: Reader, calls: Calls) -> Steps[None]:
         held: list[str] = []
@@ -234,11 +239,18 @@ def _typed(text: str, kind: str) -> str:
 
 @dataclass(frozen=True)
 class PythonForm:
-    """[f(a=1), g(b="x")]: calls as Python writes them, with keyword arguments only (Llama 3.2 and 4, LFM2)."""
+    """[f(a=1), g(b="x")]: calls as Python writes them, with keyword arguments only (Llama 3.2 and 4, LFM2).
+
+    A list of JSON objects is read as well: LFM2 writes either.
+    """
 
     def read(self, reader: Reader, calls: Calls) -> Steps[None]:
         yield from reader.space()
         listed = yield from reader.accept("[")
+        yield from reader.space()
+        if listed and (yield from reader.peek()) == "{":
+            yield from JsonForm().read_list(reader, calls)
+            return
         while True:
             yield from reader.space()
             name = yield from reader.run(_IDENTIFIER)
