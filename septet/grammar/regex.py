@@ -11,9 +11,12 @@ import re
 from septet.errors import InvalidRequest
 from septet.grammar import limits
 
-__all__ = ["check_regex", "regex_size"]
+__all__ = ["ascii_classes", "check_regex", "regex_size"]
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\{(\d+)(,?)(\d*)\}|[()]|.", re.DOTALL)
+
+
+_NARROW = {"\\d": "0-9", "\\w": "0-9A-Za-z_", "\\s": r" \t\n\r\f\v"}
 
 
 def check_regex(pattern: str, what: str) -> None:
@@ -58,3 +61,15 @@ def regex_size(pattern: str) -> float | None:
             last = 1.0
             stack[-1] += 1.0
     return sum(stack)
+
+
+def ascii_classes(pattern: str) -> str:
+    """d, w and s classes in ECMA-262's narrow sense, as JSON schema means them; the library means all of Unicode."""
+    return _TOKEN.sub(lambda token: _narrow(token.group()), pattern)
+
+
+def _narrow(text: str) -> str:
+    if text.startswith("[") and len(text) > 1:
+        return re.sub(r"\\.", lambda escape: _NARROW.get(escape.group(), escape.group()), text, flags=re.DOTALL)
+    inner = _NARROW.get(text)
+    return text if inner is None else f"[{inner}]"

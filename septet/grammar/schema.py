@@ -12,12 +12,20 @@ from typing import Any
 
 from septet.errors import InvalidRequest
 from septet.grammar import limits
-from septet.grammar.regex import check_regex
+from septet.grammar.regex import ascii_classes, check_regex
 
 __all__ = ["checked_schema"]
 
 WHITESPACE = r"[ \n\t]{1,24}"  # between JSON's tokens: room for indentation, no room for a model to get lost in
 
+# What the library's formats let through and validators refuse: :60 on any day, the year 0, 29 February in any year
+_SECOND = "^[^:]*:[0-9]{2}:[0-5]"
+_YEAR = "^(000[1-9]|00[1-9]|0[1-9]|[1-9])"
+_LEAP = (
+    "^[0-9]{4}-(0[13-9]|1|02-([01]|2[0-8]))"
+    "|^([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29"
+)
+_STRICTER = {"time": (_SECOND,), "date": (_YEAR, _LEAP), "date-time": (_YEAR, _LEAP, _SECOND)}
 _ANNOTATIONS = frozenset(
     (
         "title",
@@ -139,6 +147,8 @@ class _Walk:
             if name in _ANNOTATIONS or name.startswith("x-"):
                 continue
             result[name] = self.keyword(name, value, f"{where}.{name}", depth + 1)
+        if stricter := _STRICTER.get(result.get("format", "")):
+            result["allOf"] = [*result.get("allOf", []), *({"pattern": pattern} for pattern in stricter)]
         return {name: value for name, value in result.items() if name not in _EMPTY}
 
     def keyword(self, name: str, value: Any, where: str, depth: int) -> Any:
@@ -171,6 +181,7 @@ class _Walk:
         if name == "patternProperties":
             for pattern in value:
                 check_regex(pattern, f"json_schema: at {where}")
+            value = {ascii_classes(pattern): one for pattern, one in value.items()}
         return {key: self.schema(one, f"{where}.{key}", depth) for key, one in value.items()}
 
     def plain(self, name: str, value: Any, where: str) -> Any:
@@ -191,6 +202,7 @@ class _Walk:
             raise _refuse(where, "must be a string")
         elif name == "pattern":
             check_regex(value, f"json_schema: at {where}")
+            return ascii_classes(value)
         elif name == "format" and value not in FORMATS:
             known = ", ".join(sorted(FORMATS))
             raise _refuse(where, f"the format {value[:40]!r} can't be enforced; these can: {known}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.grammar import limits
-from septet.grammar.regex import check_regex
+from septet.grammar.regex import ascii_classes, check_regex
 from septet.grammar.schema import checked_schema
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _refuse(what: str) -> InvalidRequest:
 def _regex(pattern: str) -> str:
     """The whole answer matches anyway, so anchors at the ends say nothing new."""
     check_regex(pattern, "regex")
-    inner = pattern.removeprefix("^")
+    inner = ascii_classes(pattern).removeprefix("^")
     if inner.endswith("$") and not inner.endswith("\\$"):
         inner = inner[:-1]
     # Lark's own quoting knows no newline and ends at a slash

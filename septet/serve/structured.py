@@ -29,7 +29,8 @@ def structured_of(fields: Fields) -> Structured | None:
             try:
                 value = _READERS[name](fields.raw(name))
             except InvalidRequest as error:
-                raise InvalidRequest(error.message.replace("structured:", f"{name}:", 1), param=name) from None
+                message = error.message.replace("structured:", f"{name}:", 1)
+                raise InvalidRequest(message if name in message else f"{name} {message}", param=name) from None
             if value is not None:
                 found[name] = value
     if len(found) > 1:
