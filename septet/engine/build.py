@@ -6,7 +6,6 @@ Called by the engine process (`engine/__main__.py`) and by tests. Resolves each 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,11 +95,6 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         choices=choices,
     )
     return LocalExecutor(runner, depth=2 if overlap else 1), info
-
-
-def with_pid(info: EngineInfo, pid: int) -> EngineInfo:
-    """The info of the process that holds the executor."""
-    return replace(info, pid=pid)
 
 
 def _device(config: EngineConfig) -> tuple[torch.device, str]:
