@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from septet.engine.staging import on_device
 from septet.errors import InvalidRequest, SeptetError
 from septet.grammar.masks import Masks, mask_words
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Constraints", "TokenMasks"]
 
-RING = 4  # buffers in turn: the copy out of one has ended before it is filled again (see `staging.py`)
+RING = 2  # buffers in turn: masks of step N + 1 follow the tokens of step N, before which its own copy has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,8 @@ class Constraints:
         words = self._filled([row for _, row in wanted])
         for line, (i, row) in zip(words.numpy(), wanted, strict=True):
             _settle(line, picks[i], row)
-        at = torch.tensor([i for i, _ in wanted], dtype=torch.int64)
-        if self.device.type == "cuda":
-            return TokenMasks(words.to(self.device, non_blocking=True), at.to(self.device))
-        return TokenMasks(words, at)
+        at = on_device([i for i, _ in wanted], torch.int64, self.device)
+        return TokenMasks(words.to(self.device, non_blocking=True), at)
 
     def follow(self, picks: Sequence[Pick], tokens: HostCopy) -> Answer | None:
         """The tokens of these picks are on their way: they will be taken before the next masks are made."""
