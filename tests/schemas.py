@@ -41,9 +41,9 @@ def node(rng: random.Random, depth: int) -> Schema:
 
 
 def leaf(rng: random.Random) -> Schema:
-    return rng.choice((string, number, integer, enumeration, constant, lambda _: {"type": rng.choice(["boolean", "null"])}))(
-        rng
-    )
+    return rng.choice(
+        (string, number, integer, enumeration, constant, lambda _: {"type": rng.choice(["boolean", "null"])})
+    )(rng)
 
 
 def string(rng: random.Random) -> Schema:
@@ -132,9 +132,7 @@ def composed(rng: random.Random, depth: int) -> Schema:
     """allOf, a list of types, or a reference beside other keywords."""
     roll = rng.random()
     if roll < 0.4:
-        parts = [
-            {"type": "object", "properties": {name: leaf(rng)}, "required": [name]} for name in ("left", "right")
-        ]
+        parts = [{"type": "object", "properties": {name: leaf(rng)}, "required": [name]} for name in ("left", "right")]
         return {"allOf": parts}
     if roll < 0.7:
         return {"type": rng.sample(["string", "integer", "null", "boolean"], 2), "maxLength": 4}

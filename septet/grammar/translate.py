@@ -139,7 +139,11 @@ def _structure(structure: Any, triggers: list[str], where: str) -> tuple[str, st
     if ("schema" in structure) == ("grammar" in structure):
         raise _refuse(f"{where}: give a schema or a grammar")
     if "schema" in structure:
-        return trigger, begin[len(trigger) :], {"json_schema": checked_schema(json.dumps(structure["schema"]))}, end
+        try:
+            schema = checked_schema(json.dumps(structure["schema"]))
+        except InvalidRequest as error:
+            raise _refuse(f"{where}: {error.message}") from None
+        return trigger, begin[len(trigger) :], {"json_schema": schema}, end
     if not isinstance(structure["grammar"], str):
         raise _refuse(f"{where}: grammar must be text")
     return trigger, begin[len(trigger) :], {"lark_grammar": _ebnf(structure["grammar"])}, end

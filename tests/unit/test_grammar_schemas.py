@@ -7,16 +7,13 @@ longer an answer grows, so that answers end.
 from __future__ import annotations
 
 import json
-import random
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import numpy as np
 import pytest
 
-from septet.errors import InvalidRequest
 from septet.grammar import limits
-from septet.grammar.schema import checked_schema
 from septet.grammar.translate import translate
 from septet.grammar.vocabulary import Vocabulary
 from septet.structured import Structured
@@ -28,7 +25,8 @@ if TYPE_CHECKING:
 N_SCHEMAS = 400
 MAX_TOKENS = 500
 EOS = 0
-PIECES = ['{"', '":', '", "', '"}', "[]", "{}", "null", "true", "false", "  ", "\n", "12", "-0.", "ab", "é", "日", "🙂", '"\\']
+PIECES = ['{"', '":', '", "', '"}', "[]", "{}", "null", "true", "false", "  ", "\n", "12", "-0.", "ab", "é", "日", "🙂"]
+PIECES += ['"\\']
 
 
 def vocabulary() -> Vocabulary:
