@@ -47,8 +47,13 @@ def usable_cpus() -> int:
 
 
 def thread_env(environ: Mapping[str, str], cpus: int) -> dict[str, str]:
-    """Thread settings to add to `environ` before numeric libraries load; what the user set stays."""
-    return {name: str(cpus) for name in THREAD_VARIABLES if name not in environ}
+    """Thread settings to add to `environ` before numeric libraries load; what the user set stays.
+
+    OpenMP's threads sleep where they wait: spinning on a core that a busy neighbour needs slows every step many times
+    over. (The native kernels have threads of their own.)
+    """
+    wanted = {**dict.fromkeys(THREAD_VARIABLES, str(cpus)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def available_memory(proc: Path = PROC, sys_fs: Path = CGROUPS) -> int:

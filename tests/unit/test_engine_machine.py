@@ -79,6 +79,8 @@ def test_thread_env_keeps_what_the_user_set():
     added = machine.thread_env({"OMP_NUM_THREADS": "7"}, 2)
     assert "OMP_NUM_THREADS" not in added
     assert added["MKL_NUM_THREADS"] == "2"
+    assert added["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in machine.thread_env({"OMP_WAIT_POLICY": "ACTIVE"}, 2)
 
 
 def test_memory_without_cgroups_is_memavailable(tree):
