@@ -56,11 +56,11 @@ class Stats:
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--system", help="System message.")
-@click.option("--temperature", type=float, default=0.7, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, help="0: off.")
+@click.option("--temperature", type=float, default=0.7, show_default=True, help="0: always the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Likeliest tokens up to this probability.")
+@click.option("--top-k", type=int, default=0, help="This many of the likeliest tokens. 0: off.")
 @click.option("--max-tokens", type=int, default=None, help="[default: up to the context's end]")
-@click.option("--seed", type=int, default=None)
+@click.option("--seed", type=int, default=None, help="The same seed gives the same answer.")
 @click.option(
     "--schema", type=click.Path(exists=True, dir_okay=False), help="JSON schema that answers follow (a file)."
 )
@@ -79,7 +79,11 @@ def run(
     stats: bool,
     **options: Any,
 ) -> None:
-    """Ask MODEL one PROMPT, or chat with it."""
+    """Ask MODEL one PROMPT, or chat with it.
+
+    MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path. Without PROMPT, and
+    with nothing on standard input, a chat begins.
+    """
     from septet.request import SamplingParams
 
     params = SamplingParams(

@@ -39,18 +39,37 @@ class Bytes(click.ParamType):
         return size
 
 
+_COUNT = click.IntRange(min=0)
+
+
+def _choice(flag: str, values: str, help: str) -> Any:
+    return click.option(flag, type=click.Choice(values.split()), default="auto", show_default=True, help=help)
+
+
 _ENGINE_OPTIONS = (
-    click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens per request [0: the model's]."),
-    click.option("--max-num-seqs", type=click.IntRange(min=0), default=0, help="Requests per step [0: by arithmetic]."),
-    click.option("--max-num-batched-tokens", type=click.IntRange(min=0), default=0, help="Tokens per step [0: auto]."),
+    click.option("--max-model-len", type=_COUNT, metavar="N", default=0, help="Tokens per request [0: the model's]."),
+    click.option("--max-num-seqs", type=_COUNT, metavar="N", default=0, help="Requests per step [0: auto]."),
+    click.option("--max-num-batched-tokens", type=_COUNT, metavar="N", default=0, help="Tokens per step [0: auto]."),
     click.option("--kv-cache-memory", type=Bytes(), default=0, help="Bytes for the KV pool, as 512M or 4G [0: auto]."),
-    click.option("--gpu-memory-utilization", "memory_utilization", type=float, default=0.9, show_default=True),
-    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True),
-    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option(
+        "--gpu-memory-utilization",
+        "memory_utilization",
+        type=float,
+        default=0.9,
+        show_default=True,
+        help="Share of the GPU's memory to fill.",
+    ),
+    click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=True,
+        show_default=True,
+        help="Compute a shared beginning of prompts once.",
+    ),
+    _choice("--dtype", "auto float32 bfloat16 float16", "Of activations and the KV pool."),
+    _choice("--device", "auto cpu cuda", "Where the model runs."),
     click.option("--enforce-eager", is_flag=True, help="No captured steps."),
-    click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto"),
-    click.option("--kernels", default="auto", show_default=True, help="auto, reference, triton, native."),
+    _choice("--load-format", "auto dummy", "dummy: random weights, nothing is read."),
+    _choice("--kernels", "auto reference triton native", "Which versions of the numeric operations."),
 )
 
 
@@ -86,7 +105,10 @@ def serve(
     enable_auto_tool_choice: bool,
     **options: Any,
 ) -> None:
-    """Serve MODEL over HTTP with OpenAI's API."""
+    """Serve MODEL over HTTP with OpenAI's API.
+
+    MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path.
+    """
     from septet.serve.app import Settings
 
     settings = Settings(

@@ -56,7 +56,7 @@ def resolve_sizes(
     per_token = kv_bytes_per_token(model, dtype)
     budget, budget_reason = _kv_budget(engine, model, gpu, dtype, weights, free, seqs, step, length)
     slots = engine.num_kv_slots or min(budget // per_token, seqs * length)
-    if not engine.max_model_len and length > slots:
+    if not engine.max_model_len and 16 <= slots < length:
         choices.append(("max_model_len", str(slots), f"the model's {length} reduced to what the KV pool holds"))
         length = slots
     else:
@@ -65,7 +65,7 @@ def resolve_sizes(
         raise OutOfMemory(
             f"the KV pool would hold {slots} tokens ({budget // MIB} MiB at {per_token} bytes a token), but one "
             f"request of max_model_len {length} needs {length * per_token // MIB} MiB. {budget_reason}. "
-            "Lower --max-model-len, or raise --kv-cache-memory or --memory-utilization"
+            "Lower --max-model-len, or raise --kv-cache-memory or --gpu-memory-utilization"
         )
     choices.append(("num_kv_slots", str(slots), budget_reason if not engine.num_kv_slots else "as asked"))
     return Sizes(length, seqs, step, slots, tuple(choices))
@@ -81,7 +81,8 @@ def _check(engine: EngineConfig, model: ModelConfig) -> None:
         if getattr(engine, name) < 0:
             raise InvalidRequest(f"{name} must be positive, or 0 for automatic", param=name)
     if not 0.0 < engine.memory_utilization <= 1.0:
-        raise InvalidRequest("memory_utilization must be in (0, 1]", param="memory_utilization")
+        given = f"{engine.memory_utilization:g}"
+        raise InvalidRequest(f"memory_utilization must be in (0, 1], not {given}", param="memory_utilization")
 
 
 def _kv_budget(

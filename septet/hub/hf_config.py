@@ -75,6 +75,8 @@ _FAMILIES = {
 
 def config_from_directory(path: Path) -> ModelConfig:
     """Raises ModelFileError for a missing or absurd value, UnsupportedModel for what Septet doesn't implement."""
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelFileError(f"{shown(path.name)} holds no config.json: give a checkpoint's directory, or a .gguf file")
     top = Facts(f"{path.name}/config.json", read_json(path / "config.json", MAX_CONFIG_BYTES))
     family = _family(top)
     facts = (top.part("text_config") or top) if top.text("model_type") == "gemma3" else top

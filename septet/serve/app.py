@@ -165,7 +165,8 @@ def _on_http_exception(request: Request, error: Exception) -> Any:
     from septet.serve.errors import error_body
 
     assert isinstance(error, HTTPException)
-    words = {404: "no such route", 405: "this route does not take that method"}
+    there = "the API is under /v1: /v1/models, /v1/chat/completions, /v1/completions"
+    words = {404: f"no such route; {there}", 405: "this route does not take that method"}
     shown = HttpError(error.status_code, words.get(error.status_code, str(error.detail)))
     return JSONResponse(error_body(shown), error.status_code, headers=error.headers)
 

@@ -280,7 +280,7 @@ def test_config_that_no_model_has(tmp_path: Path, case: str) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"can't read config\.json"):
+    with pytest.raises(ModelFileError, match=r"holds no config\.json: give a checkpoint's directory"):
         read_model_config(tmp_path)
     with pytest.raises(ModelNotFound, match="nowhere"):
         read_model_config(tmp_path / "nowhere")

@@ -59,6 +59,11 @@ def test_a_length_that_can_not_fit_is_refused_with_the_sums() -> None:
         sizes(24, max_model_len=100000)
 
 
+def test_a_pool_too_small_for_anything_is_refused_with_the_models_length() -> None:
+    with pytest.raises(OutOfMemory, match=r"would hold 0 tokens .* max_model_len 131072 needs 16384 MiB"):
+        sizes(79, kv_cache_memory=1000)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
