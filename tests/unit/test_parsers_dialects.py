@@ -234,6 +234,14 @@ def test_a_malformed_call_is_text(bad: str) -> None:
     assert read.shown == f"Hm {bad} end"
 
 
+def test_a_marker_that_the_end_has_cut_is_no_text() -> None:
+    for n in range(len("</tool_call>")):
+        read = gather(parse(parser("hermes"), '<tool_call>{"name": "now"}\n' + "</tool_call>"[:n]))
+        assert (read.content, read.calls) == ("", [("now", {})])
+    assert gather(parse(parser("hermes"), '<tool_call>{"name": "now"}</tool')).content == ""
+    assert gather(parse(parser("hermes"), '<tool_call>{"name": "now"}</toolbox')).content == "</toolbox"
+
+
 def test_the_text_goes_on_after_a_broken_call() -> None:
     read = gather(parse(parser("hermes"), '<tool_call>oops<tool_call>{"name": "now"}</tool_call>'))
     assert (read.content, read.calls) == ("<tool_call>oops", [("now", {})])

@@ -197,6 +197,7 @@ class OutputParser:
         while dialect.close:
             yield from self.reader.space()
             if not (yield from self.reader.accept(*dialect.close)):
+                self.reader.take_cut(dialect.close)
                 return
 
 

@@ -130,6 +130,12 @@ class Reader:
                 return literal
         return ""
 
+    def take_cut(self, literals: tuple[str, ...]) -> None:
+        """Where the text has ended within one of `literals`, take what is there of it."""
+        rest = self._text[self._at :]
+        if self._ended and rest and any(literal.startswith(rest) for literal in literals):
+            self._at = len(self._text)
+
     def expect(self, *literals: str) -> Steps[str]:
         """`accept`, or `Broken`."""
         found = yield from self.accept(*literals)
