@@ -22,6 +22,7 @@ from septet.session.choice import Choice
 from septet.session.merge import merge
 from septet.session.reading import Reading
 from septet.session.thoughts import end_of_thoughts
+from septet.text.parsers.tools import Tool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from septet.grammar.vocabulary import Vocabulary
     from septet.session.events import Event
     from septet.session.reading import ReplyFormat, ReplyReader
-    from septet.text.parsers.tools import Tool
     from septet.text.template import ChatTemplate
     from septet.text.tokenizer import Tokenizer
 
@@ -106,11 +106,16 @@ class Session:
         return Prompt(self._checked_ids(self._fitting(ids)))
 
     async def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Tool] = (), **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> Prompt:
         """Render the model's chat template (`options`: add_generation_prompt, continue_final_message, ...).
 
-        A template that knows no tools gets them, and earlier calls and results, as text (`text/parsers/fallback.py`).
+        `tools`: in OpenAI's shape. A template that knows none gets them, and earlier calls and results, as text
+        (`text/parsers/fallback.py`).
         """
         if self.template is None:
             raise InvalidRequest(
@@ -118,9 +123,12 @@ class Session:
                 param="messages",
             )
         if self.reply_format is not None:
-            messages = self.reply_format.conversation(messages, tools)
-            if written := self.reply_format.template_tools(tools):
+            known = [Tool.of(tool) for tool in tools or ()]
+            messages = self.reply_format.conversation(messages, known)
+            if written := self.reply_format.template_tools(known):
                 options["tools"] = written
+        elif tools:
+            options["tools"] = list(tools)
         text = await asyncio.to_thread(self.template.render, list(messages), **options)
         return Prompt(self._fitting(await self._encode(text, False)), str(text))
 

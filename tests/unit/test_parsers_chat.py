@@ -420,3 +420,14 @@ def test_special_tokens_that_are_markers_stay_text() -> None:
     assert found.call_ids == {257}
     assert found.kept_ids(Reading(tools=ToolChoice((Tool("f"),)))) == {257}
     assert found.kept_ids(Reading(reasoning=True)) == frozenset()
+
+
+def test_the_python_api_takes_tools_as_openai_writes_them() -> None:
+    async def prompt(tools: Any) -> str:
+        return str((await made(FakeClient()).chat_prompt(ASK["messages"], tools=tools)).text)
+
+    assert system_text([Tool("get_weather", "Weather", SCHEMA), Tool("now")]) in asyncio.run(prompt(TOOLS))
+    assert "tools" not in asyncio.run(prompt(None))
+    for wrong in ([{}], ["now"], [{"function": {}}], [{"function": {"name": "f", "parameters": 5}}]):
+        with pytest.raises(InvalidRequest, match="tools"):
+            asyncio.run(prompt(wrong))

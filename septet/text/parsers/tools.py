@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from septet.errors import InvalidRequest
+
 __all__ = ["Tool", "ToolChoice", "kind_of"]
 
 
@@ -18,6 +20,20 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of an object; {} = anything
     strict: bool = False
+
+    @classmethod
+    def of(cls, value: Tool | Mapping[str, Any]) -> Tool:
+        """From OpenAI's shape, {"type": "function", "function": {"name", "description", "parameters"}}."""
+        if isinstance(value, Tool):
+            return value
+        function = value.get("function") if isinstance(value, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+            raise InvalidRequest('each of tools must be {"type": "function", "function": {"name": ...}}', param="tools")
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise InvalidRequest(f"tools: the parameters of {name[:80]!r} must be a JSON schema", param="tools")
+        return cls(name, str(function.get("description") or ""), parameters, function.get("strict") is True)
 
     def as_json(self) -> dict[str, Any]:
         """As templates expect it: OpenAI's own shape."""
