@@ -96,9 +96,9 @@ def test_body_without_a_length_is_cut_off_while_it_streams(path: str) -> None:
 @pytest.mark.parametrize("value", [b"1,", b"[],", b'{"a":1},', b"[[[1]]],"])
 def test_a_body_of_millions_of_values_is_refused_before_it_is_decoded(path: str, value: bytes) -> None:
     body = b'{"prompt": [' + value * (15_000_000 // len(value)) + b"1]}"
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert "values" in refused(path, 413, content=body, headers=JSON)["message"]
-    assert time.perf_counter() - begun < 1.0, "decoding takes seconds, in which nobody gets a token"
+    assert time.process_time() - begun < 1.0, "decoding takes seconds, in which nobody gets a token"
 
 
 def test_a_long_text_is_not_many_values() -> None:
