@@ -62,5 +62,8 @@ bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 row
 bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU, in one run: a table and JSON
 	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json
 
+bench-structured: setup  ## rate of constrained answers against free ones, at 1, 8 and 32 streams
+	@$(BIN)/python -m septet.bench.structured
+
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

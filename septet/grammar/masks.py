@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Masks", "mask_words"]
 
 MAX_THREADS = 8
+POOL_FROM = 8  # rows
 
 
 def mask_words(vocab_size: int) -> int:
@@ -26,20 +27,30 @@ def mask_words(vocab_size: int) -> int:
 
 
 class Masks:
-    """The library's thread pool. Not thread-safe; each call releases the interpreter."""
+    """The library's thread pool, used from POOL_FROM rows on: below, waking a thread costs more than the mask.
 
-    def __init__(self) -> None:
+    Not thread-safe; each call releases the interpreter.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
         from llguidance import LLExecutor
 
-        self._executor = LLExecutor(max(1, min(MAX_THREADS, usable_cpus() // 2)))
+        threads = min(MAX_THREADS, usable_cpus() // 2) if threads is None else threads
+        self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:
         """Mask of matchers[i] into out[i]; `out` (rows, words) int32, C-contiguous, at least as many rows."""
         if not out.flags["C_CONTIGUOUS"] or out.itemsize != 4 or len(out) < len(matchers):
             raise ValueError("out must be int32, C-contiguous, with a row for each matcher")
+        if self._executor is None or len(matchers) < POOL_FROM:
+            for matcher, row in zip(matchers, out, strict=False):
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            return
         pairs = [(matcher, i) for i, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(pairs, out.ctypes.data, 4 * out.shape[1], len(out))
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         """Whether each matcher took its token; one that did not is in an error state for good."""
+        if self._executor is None or len(matchers) < POOL_FROM:
+            return [matcher.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
         return self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))

@@ -140,9 +140,10 @@ class ReferenceOps(Ops):
         return torch.where(bad, -1, logits.argmax(-1))
 
     def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        forbidden = _unset_bits(mask, logits.shape[1])
-        if len(rows) == len(logits):
-            return logits.masked_fill(forbidden, float("-inf"))
+        if not logits.is_cuda:
+            return _masked_on_host(logits, mask, rows)
+        bits = (mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
+        forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
         return logits.index_copy(0, rows, logits[rows].masked_fill_(forbidden, float("-inf")))
 
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -152,14 +153,13 @@ class ReferenceOps(Ops):
         return self.argmax(noisy)
 
 
-def _unset_bits(mask: Tensor, n: int) -> Tensor:
-    """mask (C, W) int32 -> (C, n) bool: which of the first n bits are 0, least significant first."""
-    if mask.is_cuda:
-        return ((mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1).flatten(1)[
-            :, :n
-        ] == 0
-    clear = np.unpackbits((~mask).contiguous().numpy().view(np.uint8), axis=1, count=n, bitorder="little")
-    return torch.from_numpy(clear).view(torch.bool)
+def _masked_on_host(logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    """`apply_mask` without torch's threads: starting a team of them would cost more than the work."""
+    out = logits.numpy().copy()
+    for row, line in zip(rows.tolist(), ~mask.contiguous().numpy(), strict=True):
+        forbidden = np.unpackbits(line.view(np.uint8), count=out.shape[1], bitorder="little").view(np.bool_)
+        np.copyto(out[row], -np.inf, where=forbidden)
+    return torch.from_numpy(out)
 
 
 def _visible(positions: Tensor, at: Tensor, window: int | None) -> Tensor:
