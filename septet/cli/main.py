@@ -15,6 +15,8 @@ from septet.errors import SeptetError
 
 __all__ = ["main"]
 
+INTERRUPTED = 130  # the shell's code for what Ctrl-C has ended
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("septet.cli.run:run", "Ask a model one question, or chat with it."),
     "serve": ("septet.cli.serve:serve", "Serve a model over HTTP (OpenAI's API)."),
@@ -47,6 +49,9 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except SeptetError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -100,10 +100,7 @@ def run(
     if prompt is None:
         asyncio.run(_converse(model, opening, params, stats, options))
         return
-    try:
-        asyncio.run(_ask_once(model, [*opening, {"role": "user", "content": prompt}], params, stats, options))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    asyncio.run(_ask_once(model, [*opening, {"role": "user", "content": prompt}], params, stats, options))
 
 
 def _schema(path: str) -> Structured:

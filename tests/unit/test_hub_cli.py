@@ -113,3 +113,13 @@ def test_the_chats_history_lies_in_the_home_that_was_set(tmp_path: Path, monkeyp
     monkeypatch.setenv("SEPTET_HOME", "~/models")
     assert _history_file() == tmp_path / "models" / "run_history"
     assert _history_file().stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_ends_with_the_code_of_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("septet.cli.hub.pull_model", interrupted)
+    result = septet("pull", "smollm2")
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
