@@ -13,7 +13,7 @@ help:  ## show the targets
 $(VENV)/.run: pyproject.toml setup.py $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.11 or newer, or set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; set PYTHON=python3.12, say"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV): $(TORCH) first, then Septet and its libraries (a minute or three)"
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -e .
