@@ -84,6 +84,7 @@ def run(
     MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path. Without PROMPT, and
     with nothing on standard input, a chat begins.
     """
+    from septet.errors import InvalidRequest
     from septet.request import SamplingParams
 
     params = SamplingParams(
@@ -97,6 +98,8 @@ def run(
     opening = [{"role": "system", "content": system}] if system else []
     if prompt is None and not sys.stdin.isatty():
         prompt = _standard_input()
+    elif prompt is not None and not prompt.strip():
+        raise InvalidRequest("the prompt is empty", param="prompt")
     if prompt is None:
         asyncio.run(_converse(model, opening, params, stats, options))
         return

@@ -123,3 +123,9 @@ def test_ctrl_c_ends_with_the_code_of_an_interruption(monkeypatch: pytest.Monkey
     result = septet("pull", "smollm2")
     assert result.exit_code == 130
     assert "interrupted" in result.output
+
+
+def test_an_empty_prompt_is_told_before_anything_is_loaded(store: Store) -> None:
+    result = septet("run", "smollm2", " ")
+    assert result.exit_code == 1
+    assert "the prompt is empty" in result.output
