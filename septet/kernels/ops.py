@@ -139,7 +139,7 @@ class Ops:
 
     def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         """logits (S, V) float32, -inf where a mask forbids the token: token v of row rows[c] is allowed by bit v % 32
-        of mask[c, v // 32]. mask (C, at least V / 32) int32; rows (C,) int64, ascending and distinct; other rows stay."""
+        of mask[c, v // 32]. mask (C, at least V / 32) int32; rows (C,) int64, ascending and distinct; others stay."""
         raise NotImplementedError
 
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
