@@ -130,10 +130,9 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device, nativ
 
 def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
     """The table of kernels: the fastest that the device has, unless another is asked for."""
-    wanted = config.kernels
+    wanted, why = config.kernels, "as asked"
     if wanted == "auto":
-        wanted = "triton" if device.type == "cuda" else "reference"
-    why = "as asked" if config.kernels != "auto" else f"default for {device.type}"
+        wanted, why = _default_kernels(device)
     if wanted == "triton":
         from septet.kernels.triton import TritonOps
 
@@ -147,6 +146,19 @@ def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
             raise InvalidRequest(f"kernels native run on the CPU, not on {device.type}", param="kernels")
         return _native_ops(why)
     raise InvalidRequest(f"kernels must be auto, reference, triton or native, not {config.kernels!r}", param="kernels")
+
+
+def _default_kernels(device: torch.device) -> tuple[str, str]:
+    """(table, why): Triton on a GPU, the native library on a CPU, the reference where that is not there."""
+    from septet.kernels.native.library import NativeUnavailable, load
+
+    if device.type == "cuda":
+        return "triton", "default for cuda"
+    try:
+        load()
+    except NativeUnavailable as error:
+        return "reference", f"the native library can't be used: {error}"
+    return "native", "default for cpu"
 
 
 def _native_ops(why: str) -> tuple[Ops, str]:
