@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrialProcess"]
 
+ORPHAN_S = 3 * int(limits.COMPILE_DEADLINE_S)
 START_DEADLINE_S = 60.0  # a large vocabulary on a busy machine
 
 
@@ -142,12 +144,14 @@ def main() -> None:
     _answer(target, Verdict())
     while payload := _frame(source):
         structured = msgspec.msgpack.decode(payload, type=Structured)
+        signal.alarm(ORPHAN_S)  # if the engine died meanwhile, nobody else would end us; the default action is death
         try:
             _answer(target, Verdict(grammar=_tried(structured, tokenizer, special)))
         except InvalidRequest as error:
             _answer(target, Verdict(error=error.message))
         except RecursionError:
             _answer(target, Verdict(error=f"{structured.kind}: it is nested too deeply"))
+        signal.alarm(0)
 
 
 def _frame(source: BinaryIO) -> bytes:
