@@ -9,10 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
+from septet.engine.messages import Update
 from septet.errors import InvalidRequest
+from septet.request import SamplingParams
 from septet.serve.app import Service, Settings, create_app
+from septet.session.choice import Choice
+from septet.session.events import TextDelta
 from septet.session.reading import Reading, ReplyFormat
 from septet.session.session import Limits, Session
+from septet.structured import Structured
 from septet.text.parsers.constraint import constraint
 from septet.text.parsers.dialects import DIALECTS
 from septet.text.parsers.fallback import conversation, system_text
@@ -396,9 +401,6 @@ def test_a_wrong_message_is_named(message: dict[str, Any]) -> None:
 
 
 def test_tool_choice_and_a_response_format_collide() -> None:
-    from septet.request import SamplingParams
-    from septet.structured import Structured
-
     params = SamplingParams(structured=Structured.json_object())
     with pytest.raises(InvalidRequest, match="tool_choice"):
         made(Teachable()).reply_format.bound(  # type: ignore[union-attr]
@@ -420,6 +422,12 @@ def test_special_tokens_that_are_markers_stay_text() -> None:
     assert found.call_ids == {257}
     assert found.kept_ids(Reading(tools=ToolChoice((Tool("f"),)))) == {257}
     assert found.kept_ids(Reading(reasoning=True)) == frozenset()
+
+    params = SamplingParams(max_tokens=9, seed=1)
+    choice = Choice(0, Marked(), params, 1, found.call_ids)  # type: ignore[arg-type]
+    [delta] = choice.feed(Update("r", tokens=(257, 65, 258)))
+    assert isinstance(delta, TextDelta)
+    assert delta.text == "<|python_tag|>A"
 
 
 def test_the_python_api_takes_tools_as_openai_writes_them() -> None:
