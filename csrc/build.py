@@ -1,4 +1,4 @@
-"""Compiles the native CPU library: `python csrc/build.py [OUTPUT]`, and from setup.py while Septet is installed.
+"""Compiles the native CPU library: `python csrc/build.py [--emulate-avx512] [OUTPUT]`, and setup.py while installing.
 
 Owns the compiler's flags and which file gets which instruction set. Every csrc/*.cpp is part of the library; on x86-64
 a name ending in _avx2, _avx512 or _avx512bf16 is compiled for that path, all the rest for the plain architecture, so
@@ -37,6 +37,10 @@ AVX512 = [
 PATHS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
+# -O1: compiles in seconds, and GCC 12 at -O3 gets the emulation (not our kernels: -O2 and the sanitizers agree) wrong.
+EMULATED = ["-O1", "-DSEPTET_EMULATE", *AVX2, "-include", str(HERE / "emulated_avx512.h")]  # for tests only
+
+
 class BuildError(Exception):
     """No compiler, or it failed: str() says which and shows its words."""
 
@@ -48,16 +52,17 @@ def find_compiler() -> str:
     raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or clang++")
 
 
-def flags(source: Path) -> list[str] | None:
+def flags(source: Path, emulate: bool) -> list[str] | None:
     """Compiler flags of a source; None = not for this architecture."""
     suffix = next((s for s in PATHS if source.stem.endswith(s)), None)
     if suffix is None:
-        return COMMON + WARN
-    return COMMON + WARN + PATHS[suffix] if platform.machine() in ("x86_64", "AMD64") else None
+        return COMMON + WARN + (["-DSEPTET_EMULATE"] if emulate else [])
+    own = EMULATED if emulate and suffix != "_avx2" else PATHS[suffix]
+    return COMMON + WARN + own if platform.machine() in ("x86_64", "AMD64") else None
 
 
-def compile_one(compiler: str, source: Path, objects: Path, newest_header: float) -> Path | None:
-    options = flags(source)
+def compile_one(compiler: str, source: Path, objects: Path, newest_header: float, emulate: bool) -> Path | None:
+    options = flags(source, emulate)
     if options is None:
         return None
     key = hashlib.sha256(" ".join([compiler, *options]).encode()).hexdigest()[:8]
@@ -77,14 +82,17 @@ def run(command: list[str]) -> None:
         print(done.stderr.strip(), file=sys.stderr)
 
 
-def build(output: Path = OUTPUT, objects: Path = OBJECTS) -> Path:
-    """Compile what is out of date, link to `output` (replaced in one step). BuildError if that can't be done."""
+def build(output: Path = OUTPUT, objects: Path = OBJECTS, *, emulate: bool = False) -> Path:
+    """Compile what is out of date, link to `output` (replaced in one step). BuildError if that can't be done.
+
+    emulate: AVX-512 in plain C++ (emulated_avx512.h), so that its path can be tested anywhere.
+    """
     compiler = find_compiler()
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(h.stat().st_mtime for h in HERE.glob("*.h"))
     sources = sorted(HERE.glob("*.cpp"))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        made = list(threads.map(lambda s: compile_one(compiler, s, objects, newest), sources))
+        made = list(threads.map(lambda s: compile_one(compiler, s, objects, newest, emulate), sources))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(f".{os.getpid()}.tmp")
     run([compiler, "-shared", "-pthread", *(str(o) for o in made if o), "-o", str(partial)])
@@ -93,7 +101,10 @@ def build(output: Path = OUTPUT, objects: Path = OBJECTS) -> Path:
 
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    emulated = "--emulate-avx512" in arguments
+    places = [Path(a) for a in arguments if not a.startswith("--")]
     try:
-        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT))
+        print(build(places[0] if places else OUTPUT, emulate=emulated))
     except BuildError as error:
         sys.exit(f"native library not built: {error}")

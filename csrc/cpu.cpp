@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <stdint.h>
+#include <stdlib.h>
 #endif
 
 namespace septet {
@@ -34,11 +35,15 @@ bool has_avx2() {
   return (saved_state() & 0x6) == 0x6 && fma && avx && f16c && avx2;
 }
 
+#if defined(SEPTET_EMULATE)  // build.py --emulate-avx512
+bool has_avx512() { return has_avx2(); }
+#else
 bool has_avx512() {
   const Leaf seven(7, 0);
   const bool f = bit(seven.b, 16), dq = bit(seven.b, 17), bw = bit(seven.b, 30), vl = bit(seven.b, 31);
   return (saved_state() & 0xe6) == 0xe6 && f && dq && bw && vl && bit(seven.c, 11) /* VNNI */ && has_avx2();
 }
+#endif
 
 }  // namespace
 
@@ -51,7 +56,11 @@ bool cpu_has(Path path) {
   return false;
 }
 
+#if defined(SEPTET_EMULATE)
+bool cpu_has_bf16() { return has_avx512() && getenv("SEPTET_EMULATE_BF16"); }
+#else
 bool cpu_has_bf16() { return has_avx512() && bit(Leaf(7, 1).a, 5); }
+#endif
 #else
 bool cpu_has(Path path) { return path == Path::portable; }
 bool cpu_has_bf16() { return false; }

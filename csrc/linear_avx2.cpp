@@ -371,31 +371,45 @@ void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g
 }
 
 // -- dense weights ----------------------------------------------------------------------------------------------------
+// 16 rows of one input (of two inputs for bf16).
+template <Form F>
+struct Column {
+  F8 first[2], second[2];
+
+  explicit Column(const uint8_t* at) {
+    for (int v = 0; v < 2; v++) {
+      if constexpr (F == Form::f32) first[v] = _mm256_loadu_ps(reinterpret_cast<const float*>(at) + 8 * v);
+      if constexpr (F == Form::f16) first[v] = halves8(at + 16 * v);
+      if constexpr (F == Form::bf16) {
+        const I8 raw = load(at + 32 * v);
+        first[v] = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+        second[v] = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+      }
+    }
+  }
+};
+
 // acc (R tokens, G groups, 2) += input i (a pair of inputs for bf16) of G groups.
 template <Form F, int R, int G>
 inline void dense_step(F8 (&acc)[R][G][2], const uint8_t* p, int64_t stride, const float* x, int64_t ldx, bool pair) {
-  for (int g = 0; g < G; g++)
-    for (int v = 0; v < 2; v++) {
-      const uint8_t* at = p + g * stride;
-      F8 first, second;
-      if constexpr (F == Form::f32) first = _mm256_loadu_ps(reinterpret_cast<const float*>(at) + 8 * v);
-      if constexpr (F == Form::f16) first = halves8(at + 16 * v);
-      if constexpr (F == Form::bf16) {
-        const I8 raw = load(at + 32 * v);
-        first = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
-        second = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-      }
-      for (int t = 0; t < R; t++) acc[t][g][v] = _mm256_fmadd_ps(first, _mm256_broadcast_ss(x + t * ldx), acc[t][g][v]);
-      if constexpr (F == Form::bf16) {
-        if (pair)
-          for (int t = 0; t < R; t++) acc[t][g][v] = _mm256_fmadd_ps(second, _mm256_broadcast_ss(x + t * ldx + 1), acc[t][g][v]);
+  for (int g = 0; g < G; g++) {
+    const Column<F> w(p + g * stride);
+    for (int t = 0; t < R; t++) {
+      const F8 in = _mm256_broadcast_ss(x + t * ldx);
+      for (int v = 0; v < 2; v++) acc[t][g][v] = _mm256_fmadd_ps(w.first[v], in, acc[t][g][v]);
+    }
+    if constexpr (F == Form::bf16) {
+      for (int t = 0; pair && t < R; t++) {
+        const F8 in = _mm256_broadcast_ss(x + t * ldx + 1);
+        for (int v = 0; v < 2; v++) acc[t][g][v] = _mm256_fmadd_ps(w.second[v], in, acc[t][g][v]);
       }
     }
+  }
 }
 
 // G groups from `group` on by R tokens -> c (G, R, 16).
 template <Form F, int R, int G>
-void dense_tile(const Packed& w, const uint8_t* group, const float* x, int64_t ldx, float* c) {
+APART void dense_tile(const Packed& w, const uint8_t* group, const float* x, int64_t ldx, float* c) {
   constexpr Shape shape = shape_of(F);
   F8 acc[R][G][2];
   for (int t = 0; t < R; t++)
@@ -422,7 +436,7 @@ void dense_groups(const Packed& w, const float* x, int64_t ldx, int64_t t, int64
 // Few tokens take two or three groups at a time: independent sums hide the latency of the fma.
 template <Form F>
 void dense(const Packed& w, const float* x, int64_t ldx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
-  constexpr int R = 5;
+  constexpr int R = F == Form::bf16 ? 4 : 5;  // what 16 registers hold beside the weights
   int64_t g = g0;
   if (t_count == 1)
     for (; g + 3 <= g1; g += 3) dense_groups<F, 1, 3>(w, x, ldx, 0, g, out);
@@ -432,7 +446,7 @@ void dense(const Packed& w, const float* x, int64_t ldx, int64_t t_count, int64_
     int64_t t = 0;
     for (; t + R <= t_count; t += R) dense_groups<F, R, 1>(w, x, ldx, t, g, out);
     const int64_t left = t_count - t;
-    if (left == 4) dense_groups<F, 4, 1>(w, x, ldx, t, g, out);
+    if (R > 4 && left == 4) dense_groups<F, 4, 1>(w, x, ldx, t, g, out);
     else if (left == 3) dense_groups<F, 3, 1>(w, x, ldx, t, g, out);
     else if (left == 2) dense_groups<F, 2, 1>(w, x, ldx, t, g, out);
     else if (left == 1) dense_groups<F, 1, 1>(w, x, ldx, t, g, out);

@@ -1,14 +1,7 @@
 // The AVX-512 VNNI matrix kernels (Ice Lake, Zen 4 and later). The same plan as linear_avx2.cpp, where it is explained;
 // here a vector is 16 rows, VPDPBUSD adds four products into int32 without saturation, so offsets go into the start value.
 // int8 weights are made unsigned (w + 128). Float operations come in the AVX2 path's order: both give the same bits.
-#if defined(SEPTET_SIMDE)  // emulation, for tests on machines without AVX-512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
-#else
 #include <immintrin.h>
-#endif
 #include <string.h>
 
 #include "kernel_tables.h"
@@ -27,7 +20,7 @@ constexpr int64_t AHEAD = 4096;             // bytes of prefetch in the stream o
 
 // See linear_avx2.cpp.
 #define APART __attribute__((noinline))
-#if defined(SEPTET_SIMDE)
+#if defined(SEPTET_EMULATE)
 #define KEEP(sum)
 #else
 #define KEEP(sum) __asm__("" : "+v"(sum))

@@ -2,11 +2,17 @@
 
 Quantised weights: the reference quantises the activations by the same rule, so that integer products are exact on both
 sides and only the order of float additions differs. Dense weights: float64 products. Shapes are awkward on purpose.
+
+SEPTET_TEST_LIBRARY names another build of the library: the avx512 path on a CPU without it is tested by
+`python csrc/build.py --emulate-avx512 FILE && SEPTET_TEST_LIBRARY=FILE pytest tests/contract/test_native_linear.py`
+(and again with SEPTET_EMULATE_BF16=1). Compiling that takes a few minutes.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,13 +25,12 @@ from septet.kernels.native.library import FILE, Library, NativeUnavailable, Pool
 from septet.kernels.native.pack import KINDS, PackedMatrix, Packer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not FILE.exists(), reason="the native library is not built here (no C++ compiler)")
+BUILT = Path(os.environ.get("SEPTET_TEST_LIBRARY", FILE))
+pytestmark = pytest.mark.skipif(not BUILT.exists(), reason="the native library is not built here (no C++ compiler)")
 
-LIBRARY = load() if FILE.exists() else None
+LIBRARY = load(BUILT) if BUILT.exists() else None
 PATHS = LIBRARY.paths if LIBRARY else []
 DENSE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 QUANTISED = [kind for kind in KINDS if kind not in DENSE]
@@ -38,7 +43,7 @@ HALVES = {  # bytes at which a block has float16 numbers
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    return load()
+    return load(BUILT)
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +256,14 @@ def test_pool_with_more_threads_than_cpus(library: Library, threads: int) -> Non
         assert not caller.is_alive()
     pool.close()
     assert results == [True] * 3
+
+
+def test_self_check_ends_with_its_verdict(
+    library: Library, pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from septet.bench import native_linear
+
+    assert native_linear.check_all(library, pool, ["Q4_0", "BF16"]) == 0
+    assert capsys.readouterr().out.count(" ok") == 2 * len(PATHS)
+    monkeypatch.setattr(native_linear, "check", lambda *_: 0.5)
+    assert native_linear.check_all(library, pool, ["Q4_0"]) == 1
