@@ -1,8 +1,8 @@
 // Attention over slots of one token each. Included once per path, after lanes.h; see step_kernels.h.
 //
 // One token (decode): keys and values of up to a part's positions, dot products and weighted sums for all query heads of
-// the kv head together, so that each key is read once. Many tokens (prompts): tiles of TILE_KEYS positions, keys turned
-// into columns, both products by one register-blocked kernel, softmax kept up to date per query (arXiv 2205.14135).
+// the kv head together, so that each key is read once. Many tokens (prompts): tiles of TILE_KEYS positions, both
+// products by one register-blocked kernel, softmax kept up to date per query (arXiv 2205.14135).
 #pragma once
 
 #include "elementwise_body.h"
@@ -164,10 +164,12 @@ constexpr int ROWS = 8, COLS = 2;  // of the register block: ROWS values by COLS
 #else
 constexpr int ROWS = 6, COLS = 2;
 #endif
+constexpr int64_t WIDE = COLS * LANES;
 
-// c (R rows, COLS vectors) (+)= a (R, depth) b (depth, COLS vectors); strides in floats.
+// c (R, WIDE) (+)= a (R, depth) b (depth, WIDE). Element (r, k) of a: a[r * a_row + k * a_col].
 template <int R>
-inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool more) {
+inline void block(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth, float* c,
+                  int64_t ldc, bool more) {
   F sum[R][COLS];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < COLS; j++) sum[r][j] = more ? load(c + r * ldc + j * LANES) : zero();
@@ -175,7 +177,7 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, int6
     F y[COLS];
     for (int j = 0; j < COLS; j++) y[j] = load(b + k * ldb + j * LANES);
     for (int r = 0; r < R; r++) {
-      const F x = spread(a[r * lda + k]);
+      const F x = spread(a[r * a_row + k * a_col]);
       for (int j = 0; j < COLS; j++) sum[r][j] = fma(x, y[j], sum[r][j]);
     }
   }
@@ -183,114 +185,119 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, int6
     for (int j = 0; j < COLS; j++) store(c + r * ldc + j * LANES, sum[r][j]);
 }
 
-// The same for n rows and `width` columns, a multiple of COLS * LANES. Rows are independent of n.
-void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, int64_t n,
-             int64_t width, bool more) {
-  for (int64_t j = 0; j < width; j += COLS * LANES) {
+// The same for n rows and `width` columns, a multiple of WIDE. Each row is computed as if it were alone.
+void product(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+             int64_t n, int64_t width, bool more) {
+  for (int64_t j = 0; j < width; j += WIDE) {
     int64_t r = 0;
-    for (; r + ROWS <= n; r += ROWS) block<ROWS>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
-    for (; r + 2 <= n; r += 2) block<2>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
-    if (r < n) block<1>(a + r * lda, lda, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+    for (; r + ROWS <= n; r += ROWS) block<ROWS>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+    for (; r + 2 <= n; r += 2) block<2>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
+    if (r < n) block<1>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
   }
 }
 
-inline int64_t tile_width(int64_t dim) { return (dim + COLS * LANES - 1) / (COLS * LANES) * (COLS * LANES); }
+inline int64_t whole(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
 
-// keys (TILE_KEYS, ld) -> columns (dim, TILE_KEYS)
-inline void turn(const float* keys, int64_t ld, int64_t dim, float* columns) {
-  constexpr int64_t B = 8;
-  for (int64_t i0 = 0; i0 < dim; i0 += B)
-    for (int64_t p = 0; p < TILE_KEYS; p++)
-      for (int64_t i = i0; i < (i0 + B < dim ? i0 + B : dim); i++) columns[i * TILE_KEYS + p] = keys[p * ld + i];
-}
-
+// Queries lie in columns: scores (TILE_KEYS, n), so that softmax runs down the lanes, without sums across them.
 struct TileScratch {
-  float *q, *acc, *scores, *columns, *rows, *most, *sum;
-  int64_t ld;  // of acc and rows
+  int64_t n, wide, ld;                 // queries; rounded up to WIDE; stride of keys, values and acc
+  float *q, *scores, *rows, *acc;      // (E, wide), (TILE_KEYS, wide), (TILE_KEYS, ld), (n, ld)
+  float *at, *most, *sum, *shrink;     // (wide): position less the tile's start; running softmax
 };
 
 int64_t scratch_tile(const AttendShape& shape, int64_t count) {
-  const int64_t n = count * shape.heads, ld = tile_width(shape.dim);
-  return 4 * (n * (shape.dim + ld + TILE_KEYS + 2) + TILE_KEYS * (ld + shape.dim));
+  const int64_t n = count * shape.heads, wide = whole(n), ld = whole(shape.dim);
+  return 4 * (wide * (shape.dim + TILE_KEYS + 4) + (TILE_KEYS + n) * ld);
 }
 
 TileScratch cut_tile(const AttendShape& shape, int64_t n, void* memory) {
   TileScratch s;
-  s.ld = tile_width(shape.dim);
+  s.n = n, s.wide = whole(n), s.ld = whole(shape.dim);
   s.q = static_cast<float*>(memory);
-  s.acc = s.q + n * shape.dim;
-  s.scores = s.acc + n * s.ld;
-  s.columns = s.scores + n * TILE_KEYS;
-  s.rows = s.columns + shape.dim * TILE_KEYS;
-  s.most = s.rows + TILE_KEYS * s.ld;
-  s.sum = s.most + n;
+  s.scores = s.q + s.wide * shape.dim;
+  s.rows = s.scores + s.wide * TILE_KEYS;
+  s.acc = s.rows + TILE_KEYS * s.ld;
+  s.at = s.acc + n * s.ld;
+  s.most = s.at + s.wide;
+  s.sum = s.most + s.wide;
+  s.shrink = s.sum + s.wide;
   return s;
 }
 
-// Positions base .. base + TILE_KEYS - 1 up to `end`; what lies beyond counts as zero.
-void fetch_tile(const void* from, int64_t stride, Store kind, const int32_t* slots, int64_t base, int64_t end, int64_t dim,
-                int64_t ld, float* rows) {
-  const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
-  if (padded(dim) < ld || count < TILE_KEYS) memset(rows, 0, static_cast<size_t>(TILE_KEYS * ld) * 4);
-  for (int64_t p = 0; p < count; p++) fetch(from, kind, slots[base + p] * stride, dim, rows + p * ld);
+void begin_tile(const AttendShape& shape, const AttendTile& task, const TileScratch& s) {
+  for (int64_t i = 0; i < s.wide; i++) {
+    const int64_t query = i < s.n ? i : s.n - 1;  // what pads the last vector is computed and not used
+    const float* q = task.q + query / shape.heads * task.ld_q + query % shape.heads * shape.dim;
+    for (int64_t e = 0; e < shape.dim; e++) s.q[e * s.wide + i] = q[e] * shape.scale;
+    s.at[i] = static_cast<float>(query / shape.heads);
+    s.most[i] = NOTHING, s.sum[i] = 0;
+  }
+  memset(s.acc, 0, static_cast<size_t>(s.n * s.ld) * 4);
 }
 
-// One query's scores of a tile, of which first .. last - 1 may be seen: softmax brought up to date.
-void absorb(const AttendShape& shape, float* scores, int64_t first, int64_t last, float* acc, int64_t ld, float* most, float* sum) {
-  for (int64_t p = 0; p < first; p++) scores[p] = NOTHING;
-  for (int64_t p = last; p < TILE_KEYS; p++) scores[p] = NOTHING;
-  if (shape.cap != 0.0f) soft_cap(scores + first, shape.cap, last - first, scores + first);
-  F m = spread(NOTHING);
-  for (int64_t p = 0; p < TILE_KEYS; p += LANES) m = larger(load(scores + p), m);
-  const float now = fmaxf(*most, largest(m));
-  if (now > *most) {
-    const float shrink = expf(*most - now);  // 0 for the first tile
-    *sum *= shrink;
-    scale_row(acc, shrink, ld);
-    *most = now;
+// Slots of positions base .. base + TILE_KEYS - 1 up to `end` as floats; what lies beyond is zero.
+void fetch_tile(const void* from, int64_t stride, const AttendShape& shape, const AttendTile& task, int64_t base, int64_t end,
+                const TileScratch& s) {
+  const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
+  if (padded(shape.dim) < s.ld || count < TILE_KEYS) memset(s.rows, 0, static_cast<size_t>(TILE_KEYS * s.ld) * 4);
+  for (int64_t p = 0; p < count; p++) fetch(from, task.kv.store, task.slots[base + p] * stride, shape.dim, s.rows + p * s.ld);
+}
+
+// Scores of LANES queries from column i on: only keys k with low <= k <= high stay, per lane.
+void mask_tile(const AttendShape& shape, const AttendTile& task, int64_t base, const TileScratch& s, int64_t i) {
+  const F high = add(load(s.at + i), spread(static_cast<float>(task.start - base)));
+  const F low = shape.window ? sub(high, spread(static_cast<float>(shape.window - 1))) : spread(0.0f);
+  const F nothing = spread(NOTHING);
+  for (int64_t k = 0; k < TILE_KEYS; k++) {
+    const F key = spread(static_cast<float>(k));
+    float* score = s.scores + k * s.wide + i;
+    store(score, pick(less(high, key), nothing, pick(less(key, low), nothing, load(score))));
   }
-  const F top = spread(now);
-  F add_up = zero();
-  for (int64_t p = 0; p < TILE_KEYS; p += LANES) {
-    const F e = exponential(sub(load(scores + p), top));
-    store(scores + p, e);
-    add_up = add(add_up, e);
+}
+
+// Softmax of the tile brought up to date for the queries from column `from` on; scores become weights.
+void absorb(const AttendShape& shape, const AttendTile& task, int64_t base, const TileScratch& s, int64_t from) {
+  const int64_t youngest = task.start + task.count - 1;
+  const bool cut = base + TILE_KEYS - 1 > task.start || (shape.window && base < youngest - shape.window + 1);
+  for (int64_t i = from; i < s.wide; i += LANES) {
+    if (shape.cap != 0.0f)
+      for (int64_t k = 0; k < TILE_KEYS; k++) soft_cap(s.scores + k * s.wide + i, shape.cap, LANES, s.scores + k * s.wide + i);
+    if (cut) mask_tile(shape, task, base, s, i);
+    const F before = load(s.most + i);
+    F most = before;
+    for (int64_t k = 0; k < TILE_KEYS; k++) most = larger(load(s.scores + k * s.wide + i), most);
+    const F top = pick(at_least(most, spread(-3.0e38f)), most, zero());  // a query that has seen nothing yet
+    const F shrink = exponential(sub(before, top));
+    F sum = mul(load(s.sum + i), shrink);
+    for (int64_t k = 0; k < TILE_KEYS; k++) {
+      const F weight = exponential(sub(load(s.scores + k * s.wide + i), top));
+      store(s.scores + k * s.wide + i, weight);
+      sum = add(sum, weight);
+    }
+    store(s.most + i, most), store(s.sum + i, sum), store(s.shrink + i, shrink);
   }
-  *sum += total(add_up);
+  for (int64_t i = from; i < s.n; i++)
+    if (s.shrink[i] != 1.0f) scale_row(s.acc + i * s.ld, s.shrink[i], s.ld);
 }
 
 void attend_tile(const AttendShape& shape, const AttendTile& task, void* memory) {
-  const int64_t dim = shape.dim, n = task.count * shape.heads, end = task.start + task.count;
-  const TileScratch s = cut_tile(shape, n, memory);
-  for (int64_t i = 0; i < n; i++) {  // query i: token i / heads
-    const float* q = task.q + i / shape.heads * task.ld_q + i % shape.heads * dim;
-    memcpy(s.q + i * dim, q, static_cast<size_t>(dim) * 4);
-    scale_row(s.q + i * dim, shape.scale, dim);
-    s.most[i] = NOTHING, s.sum[i] = 0;
-  }
-  memset(s.acc, 0, static_cast<size_t>(n * s.ld) * 4);
+  const TileScratch s = cut_tile(shape, task.count * shape.heads, memory);
+  const int64_t end = task.start + task.count;
+  begin_tile(shape, task, s);
   const int64_t oldest = shape.window && task.start >= shape.window ? task.start - shape.window + 1 : 0;
   for (int64_t base = oldest / TILE_KEYS * TILE_KEYS; base < end; base += TILE_KEYS) {
-    fetch_tile(task.kv.k, task.kv.k_stride, task.kv.store, task.slots, base, end, dim, s.ld, s.rows);
-    turn(s.rows, s.ld, dim, s.columns);
-    const int64_t skip = base > task.start ? base - task.start : 0;  // tokens that are before this tile see none of it
-    const int64_t from = skip * shape.heads;
-    product(s.q + from * dim, dim, s.columns, TILE_KEYS, dim, s.scores + from * TILE_KEYS, TILE_KEYS, n - from, TILE_KEYS, false);
-    for (int64_t i = from; i < n; i++) {
-      const int64_t at = task.start + i / shape.heads;
-      const int64_t last = at + 1 - base < TILE_KEYS ? at + 1 - base : TILE_KEYS;
-      int64_t first = shape.window ? at - shape.window + 1 - base : 0;
-      first = first < 0 ? 0 : first > last ? last : first;
-      if (first == last) memset(s.scores + i * TILE_KEYS, 0, TILE_KEYS * 4);
-      else absorb(shape, s.scores + i * TILE_KEYS, first, last, s.acc + i * s.ld, s.ld, s.most + i, s.sum + i);
-    }
-    fetch_tile(task.kv.v, task.kv.v_stride, task.kv.store, task.slots, base, end, dim, s.ld, s.rows);
-    product(s.scores + from * TILE_KEYS, TILE_KEYS, s.rows, s.ld, TILE_KEYS, s.acc + from * s.ld, s.ld, n - from, s.ld, true);
+    const int64_t skip = base > task.start ? base - task.start : 0;  // tokens before this tile see none of it
+    const int64_t from = skip * shape.heads / WIDE * WIDE;
+    fetch_tile(task.kv.k, task.kv.k_stride, shape, task, base, end, s);
+    product(s.rows, s.ld, 1, s.q + from, s.wide, shape.dim, s.scores + from, s.wide, TILE_KEYS, s.wide - from, false);
+    absorb(shape, task, base, s, from);
+    fetch_tile(task.kv.v, task.kv.v_stride, shape, task, base, end, s);
+    product(s.scores + from, 1, s.wide, s.rows, s.ld, TILE_KEYS, s.acc + from * s.ld, s.ld, s.n - from, s.ld, true);
   }
-  for (int64_t i = 0; i < n; i++) {
-    float* out = task.out + i / shape.heads * task.ld_out + i % shape.heads * dim;
-    memcpy(out, s.acc + i * s.ld, static_cast<size_t>(dim) * 4);
-    scale_row(out, 1.0f / s.sum[i], dim);
+  for (int64_t i = 0; i < s.n; i++) {
+    float* out = task.out + i / shape.heads * task.ld_out + i % shape.heads * shape.dim;
+    memcpy(out, s.acc + i * s.ld, static_cast<size_t>(shape.dim) * 4);
+    scale_row(out, 1.0f / s.sum[i], shape.dim);
   }
 }
 

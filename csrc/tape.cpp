@@ -84,7 +84,7 @@ Tape::Tape(const Program& p, Pool& pool)
 Tape::~Tape() = default;
 
 // -- before a step ----------------------------------------------------------------------------------------------------
-int Tape::run(const Step& step, int parts) {
+int Tape::start(const Step& step, int parts) {
   if (parts & hidden) {
     for (const RowOp& op : ops_)
       if (op.op == Op::embed)
@@ -93,8 +93,6 @@ int Tape::run(const Step& step, int parts) {
   }
   tokens_ = step.tokens, picks_ = parts & logits ? step.picks : 0;
   result_ = step.result;
-  const int64_t first = parts & hidden ? 0 : logits_phase_;
-  const int64_t last = parts & logits ? static_cast<int64_t>(phases_.size()) : logits_phase_;
   if (!prepare(step)) return -1;
   if (parts & hidden) {
     row_of_token_.resize(static_cast<size_t>(tokens_));
@@ -104,8 +102,50 @@ int Tape::run(const Step& step, int parts) {
     for (Plan& plan : plans_) plan_rows(step, plan);
   }
   for (size_t i = 0; i < phases_.size(); i++) next_[i].store(0, std::memory_order_relaxed);
+  return 0;
+}
+
+int Tape::run(const Step& step, int parts) {
+  if (const int status = start(step, parts)) return status;
+  const int64_t first = parts & hidden ? 0 : logits_phase_;
+  const int64_t last = parts & logits ? static_cast<int64_t>(phases_.size()) : logits_phase_;
   pool_.parallel([&](int thread) { execute(step, first, last, thread); });
   return 0;
+}
+
+int Tape::decode(const Decode& rows) {
+  ids_.resize(static_cast<size_t>(rows.n)), lengths_.resize(static_cast<size_t>(rows.n));
+  for (int64_t i = static_cast<int64_t>(iota_.size()); i <= rows.n; i++)
+    iota_.push_back(i), ends_.push_back(static_cast<int32_t>(i));
+  for (int64_t i = 0; i < rows.n; i++) {
+    const int64_t at = rows.row[i] * rows.stride + rows.start[i];
+    ids_[i] = rows.tokens[at];
+    rows.slot_of[at] = static_cast<int32_t>(rows.slots[i]);
+    lengths_[i] = static_cast<int32_t>(rows.start[i] + 1);
+  }
+  const Step step{rows.n, rows.n, rows.n, ids_.data(), rows.start, rows.slots, rows.row, ends_.data(), lengths_.data(),
+                  rows.slot_of, rows.stride, iota_.data(), rows.logits};
+  if (const int status = start(step, both)) return status;
+  choosing_.resize(static_cast<size_t>(pool_.size()));
+  for (SamplingScratch& scratch : choosing_) scratch.fit(result_width_);
+  pool_.parallel([&](int thread) {
+    execute(step, 0, static_cast<int64_t>(phases_.size()), thread);
+    if (!rows.sampled) return;
+    pool_.barrier(thread);
+    choose_tokens(rows, thread);
+  });
+  return 0;
+}
+
+void Tape::choose_tokens(const Decode& rows, int thread) {
+  const Range mine = share(rows.n, thread, pool_.size());
+  for (int64_t i = mine.first; i < mine.last; i++) {
+    const int64_t r = rows.row[i], next = rows.start[i] + 1;
+    const Sampling how{rows.temperature[r], rows.top_k[r], rows.top_p[r], rows.min_p[r], rows.seed[r], next};
+    const int64_t token = choose(*kernels_, rows.logits + i * result_width_, result_width_, how, choosing_[thread]);
+    rows.sampled[i] = token;
+    rows.tokens[r * rows.stride + next] = static_cast<int32_t>(std::max<int64_t>(token, 0));
+  }
 }
 
 const float* Tape::hidden_states() const { return row_of(hidden_, 0, 0); }

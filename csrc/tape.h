@@ -16,6 +16,7 @@
 
 #include "linear.h"
 #include "pool.h"
+#include "sampling.h"
 #include "step_kernels.h"
 
 namespace septet {
@@ -116,6 +117,19 @@ struct Step {
   float* result;                           // (S, result_width)
 };
 
+// A step in which each of n rows computes one token: what the device remembers of the rows, and what to do (engine/rows.py).
+// Line r of each table belongs to row r; the token at start goes in, the sampled one is written at start + 1.
+struct Decode {
+  int64_t n;
+  const int64_t *row, *start, *slots;  // (n)
+  int32_t *tokens, *slot_of;           // (rows, stride)
+  int64_t stride;
+  const float *temperature, *top_p, *min_p;  // (rows)
+  const int64_t *top_k, *seed;               // (rows)
+  float* logits;                             // (n, result_width)
+  int64_t* sampled;                          // (n); null: logits only
+};
+
 class Tape {
  public:
   // Copies the program's arrays; what they point to (weights, tables, the KV pool) stays the caller's.
@@ -128,6 +142,8 @@ class Tape {
   // Computes final hidden states, logits of `step.logits_at`, or both. `logits` alone reads the hidden states of the run
   // before it, whose number of tokens it must repeat. 0; -1: out of memory; -2: a token id outside the embedding.
   int run(const Step& step, int parts);
+
+  int decode(const Decode& rows);  // status as run
 
   const float* hidden_states() const;  // (T, width) of the last run, until the next
 
@@ -153,6 +169,8 @@ class Tape {
     ~Memory();
   };
 
+  int start(const Step& step, int parts);
+  void choose_tokens(const Decode& rows, int thread);
   bool prepare(const Step& step);
   void plan_rows(const Step& step, Plan& plan) const;
   int64_t scratch_bytes() const;
@@ -193,6 +211,9 @@ class Tape {
   std::vector<Plan> plans_;
   std::vector<int32_t> row_of_token_;    // (T)
   std::vector<int64_t> parts_at_;        // (R) first part of each row, in parts
+  std::vector<int64_t> ids_, iota_;      // of a decode
+  std::vector<int32_t> ends_, lengths_;
+  std::vector<SamplingScratch> choosing_;  // (threads)
   Memory own_[2], shared_[2], quant_, parts_;
   std::vector<Memory> private_, scratch_;  // (threads)
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // (phases) next task to take

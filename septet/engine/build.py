@@ -19,6 +19,7 @@ from septet.engine.rows import Rows
 from septet.engine.runner import Runner
 from septet.engine.sizing import Choice, Sizes, resolve_sizes
 from septet.engine.staging import Staging
+from septet.engine.taped import TapedDecode
 from septet.errors import InvalidRequest, OutOfMemory
 from septet.geometry import kv_bytes_per_token, weight_bytes
 from septet.hub.model_config import read_model_config
@@ -52,7 +53,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     dtype, why_dtype = _dtype(config, model_config, device, native)
     kv_dtype = "float16" if native and config.dtype == "auto" else dtype
     overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
-    captured = device.type == "cuda" and not config.enforce_eager and ops.name != "reference"
+    captured = (native or (device.type == "cuda" and ops.name != "reference")) and not config.enforce_eager
     sizes = _sizes(config, model_config, device, dtype, kv_dtype)
     with torch.inference_mode():
         source = _source(config, model_config, ops, device, DTYPES[dtype])
@@ -62,7 +63,9 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
         forward, runner_ops = _forward(model, ops, kv)
     runner = Runner(forward, runner_ops, kv, rows, Staging(device))
-    if captured:
+    if captured and isinstance(forward, TapeForward):
+        runner.graphs = TapedDecode(forward.tape, rows, sizes.max_num_seqs)
+    elif captured:
         _capture(runner, model, sizes)
     del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
@@ -75,7 +78,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
             "on" if overlap else "off",
             "as asked" if config.overlap != "auto" else f"default for {device.type}",
         ),
-        ("captured_steps", "on" if captured else "off", "decode steps are CUDA graphs" if captured else "eager steps"),
+        ("captured_steps", *_captured_words(captured, native)),
         *sizes.choices,
     )
     info = EngineInfo(
@@ -95,6 +98,12 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         choices=choices,
     )
     return LocalExecutor(runner, depth=2 if overlap else 1), info
+
+
+def _captured_words(captured: bool, native: bool) -> tuple[str, str]:
+    if not captured:
+        return "off", "eager steps"
+    return "on", "decode steps are one native call" if native else "decode steps are CUDA graphs"
 
 
 def _device(config: EngineConfig) -> tuple[torch.device, str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.rows import RowInfo
     from septet.engine.runner import Runner
     from septet.models.registry import Model
     from septet.step import PlanRow
@@ -66,6 +67,10 @@ class DecodeGraphs:
 
     def fits(self, n_rows: int) -> bool:
         return 0 < n_rows <= self.sizes[-1]
+
+    def serves(self, info: RowInfo) -> bool:
+        """Can the captured sampler draw this row's token?"""
+        return info.plain
 
     @torch.inference_mode()
     def capture_all(self) -> None:

@@ -47,8 +47,13 @@ class RowInfo:
     @property
     def plain(self) -> bool:
         """Temperature and seed are all it needs: the captured sampler serves it."""
+        return not self.filters and self.unadjusted
+
+    @property
+    def unadjusted(self) -> bool:
+        """Its logits are drawn from as they are, or after top-k, top-p and min-p."""
         p = self.params
-        adjusts = self.filters or self.penalises or p.logit_bias or p.min_tokens
+        adjusts = self.penalises or p.logit_bias or p.min_tokens
         return not (adjusts or p.logprobs is not None or p.structured is not None)
 
 

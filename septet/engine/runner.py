@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from septet.engine.graphs import DecodeGraphs
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
+    from septet.engine.taped import TapedDecode
     from septet.kernels.ops import LayerKV, Ops
     from septet.step import PlanRow, StepPlan
 
@@ -147,7 +148,7 @@ class Runner:
         self.kv = kv
         self.rows = rows
         self.staging = staging
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | TapedDecode | None = None
         self.constraints: Constraints | None = None
 
     @torch.inference_mode()
@@ -164,7 +165,7 @@ class Runner:
 
     def _captured(self, plan: StepPlan, picks: list[tuple[str, Pick]]) -> StepOnDevice:
         assert self.graphs is not None
-        plain = all(pick.info.plain for _, pick in picks)
+        plain = all(self.graphs.serves(pick.info) for _, pick in picks)
         out = self.graphs.run(plan.rows, sample=plain)
         n = len(plan.rows)
         if plain:

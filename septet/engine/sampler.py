@@ -75,7 +75,7 @@ def sample(
         adjusted = ops.apply_mask(adjusted, masks.words, masks.picks)
     temperature = rows.temperature[row]
     if any(p.info.filters for p in picks):
-        adjusted = _filter(adjusted, picks, rows, row, temperature)
+        adjusted = _filter(ops, adjusted, picks, rows, row, temperature)
     tokens = ops.gumbel_argmax(adjusted, temperature, rows.seed[row], position)
     return Sampled(tokens, top_logprobs(raw, tokens.clamp(min=0), max(wants)) if wants else None)
 
@@ -121,21 +121,12 @@ def _adjust(logits: Tensor, pick: Pick, rows: Rows) -> None:
         logits.index_fill_(0, on_device(pick.info.end_ids, torch.int64, logits.device), float("-inf"))
 
 
-def _filter(logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, temperature: Tensor) -> Tensor:
+def _filter(ops: Ops, logits: Tensor, picks: Sequence[Pick], rows: Rows, row: Tensor, temperature: Tensor) -> Tensor:
     """Set to -inf what top-k, top-p and min-p exclude; rows without a filter stay as they are."""
     on = on_device([i for i, p in enumerate(picks) if p.info.filters], torch.int64, logits.device)
     ks = [p.info.params.top_k for p in picks if p.info.filters]
     vocab = logits.shape[1]
     width = max(ks) if all(0 < k <= MAX_FAST_K for k in ks) else vocab  # few candidates: no full sort
-    row, scaled = row[on], logits[on] / temperature[on, None]
-    ranked, ids = scaled.topk(min(width, vocab), dim=-1)
-    k = rows.top_k[row]
-    k = torch.where(k > 0, k, vocab)
-    keep = torch.arange(ranked.shape[1], device=logits.device)[None] < k[:, None]
-    prob = torch.softmax(ranked.masked_fill(~keep, float("-inf")), dim=-1)
-    keep &= prob.cumsum(-1) - prob < rows.top_p[row, None]
-    keep &= prob >= rows.min_p[row, None] * prob[:, :1]
-    kept = torch.full_like(scaled, float("-inf")).scatter(1, ids.where(keep, ids[:, :1]), logits[on].gather(1, ids))
-    best = ids[:, :1]  # entries that fell out were pointed at the best token: restore its value
-    kept.scatter_(1, best, logits[on].gather(1, best))
+    row = row[on]
+    kept = ops.filter_logits(logits[on], temperature[on], rows.top_k[row], rows.top_p[row], rows.min_p[row], width)
     return logits.index_copy(0, on, kept)

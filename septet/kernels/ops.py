@@ -142,6 +142,18 @@ class Ops:
         of mask[c, v // 32]. mask (C, at least V / 32) int32; rows (C,) int64, ascending and distinct; others stay."""
         raise NotImplementedError
 
+    def filter_logits(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int
+    ) -> Tensor:
+        """logits (S, V) float32 with -inf for what top-k, then top-p, then min-p exclude at each row's temperature.
+
+        temperature (S,) float32 > 0; top_k (S,) int64, 0 = off; top_p, min_p (S,) float32, 1 and 0 = off. A token stays
+        if it is among the k likeliest, if those before it (likelier ones among these k) have less than top_p of their
+        mass, and if it has at least min_p of the likeliest's probability; the likeliest always stays. `width`: host
+        integer, no row keeps more than so many (V: unknown). A row with a NaN keeps one.
+        """
+        raise NotImplementedError
+
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         """Sample from softmax(logits / temperature) by the Gumbel-max trick with counter-based noise.
 

@@ -146,6 +146,20 @@ class ReferenceOps(Ops):
         forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
         return logits.index_copy(0, rows, logits[rows].masked_fill_(forbidden, float("-inf")))
 
+    def filter_logits(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int
+    ) -> Tensor:
+        vocab = logits.shape[1]
+        ranked, ids = (logits / temperature[:, None]).topk(min(width, vocab), dim=-1)
+        k = torch.where(top_k > 0, top_k, vocab)
+        keep = torch.arange(ranked.shape[1], device=logits.device)[None] < k[:, None]
+        prob = torch.softmax(ranked.masked_fill(~keep, float("-inf")), dim=-1)
+        keep &= (prob.cumsum(-1) - prob < top_p[:, None]) | (top_p >= 1.0)[:, None]  # 1 = off, whatever sums round to
+        keep &= prob >= min_p[:, None] * prob[:, :1]
+        best = ids[:, :1]  # entries that fall out are pointed at the best token, whose value is restored after
+        kept = torch.full_like(logits, float("-inf")).scatter(1, ids.where(keep, best), logits.gather(1, ids))
+        return kept.scatter_(1, best, logits.gather(1, best))
+
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         hot = (temperature > 0)[:, None]
         scaled = logits / torch.where(hot, temperature[:, None], 1.0)

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from septet.errors import OutOfMemory
 from septet.kernels.native.library import PATHS, signature
 from septet.kernels.reference import ReferenceOps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from septet.kernels.native.library import Library, Pool
+from septet.kernels.native.library import Library, Pool
 
 __all__ = ["NativeOps"]
 
 
 class NativeOps(ReferenceOps):
-    """`argmax` and `gumbel_argmax` without a pass in torch; rows are shared by the pool's threads."""
+    """`argmax`, `gumbel_argmax` and `filter_logits` without a pass in torch; rows are shared by the pool's threads."""
 
     name = "native"
 
@@ -30,9 +31,22 @@ class NativeOps(ReferenceOps):
         signature(library, "septet_argmax", c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p])
         pointers = [c_void_p] * 4
         signature(library, "septet_gumbel", c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, *pointers])
+        filters: list[object] = [c_void_p, c_int, c_void_p, c_int64, c_int64, *pointers, c_void_p]
+        signature(library, "septet_filter", c_int, filters)
         self._library = library
         self._pool = pool
         self._path = PATHS.index(path)
+
+    def filter_logits(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int
+    ) -> Tensor:
+        logits, out = logits.float().contiguous(), torch.empty(logits.shape)
+        n, vocab = logits.shape
+        held = [t.contiguous() for t in (temperature.float(), top_k, top_p.float(), min_p.float(), out)]
+        rows = [t.data_ptr() for t in held]
+        if self._library.septet_filter(self._pool.handle, self._path, logits.data_ptr(), n, vocab, *rows):
+            raise OutOfMemory(f"no memory to filter {n} rows of logits")
+        return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         logits, out = logits.float().contiguous(), torch.empty(len(logits), dtype=torch.int64)

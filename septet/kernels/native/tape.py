@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from septet.kernels.native.record import Node, Recording, Sym
     from septet.kernels.ops import LayerKV, Layout
 
-__all__ = ["Tape"]
+__all__ = ["Decode", "Tape"]
 
 ZONES = ("own", "shared", "result")
 ROW_OPS = ("embed", "norm", "add_norm", "gated", "cap", "take", "copy", "merge")
@@ -64,7 +64,12 @@ _Step = _structure(
     "Step",
     "q tokens rows picks, p ids positions slots row q_start kv_len slot_of, q slot_stride, p logits_at result",
 )
-_STRUCTURES = (_Register, _RowOp, _Product, _Attention, _Phase, _LayerPool, _Program, _Step)
+Decode = _structure(
+    "Decode",
+    "q n, p row start slots tokens slot_of, q stride, p temperature top_p min_p top_k seed logits sampled",
+)
+"""Arguments of `Tape.decode` (csrc/tape.h): addresses of the rows' tables, of this step's rows and of the results."""
+_STRUCTURES = (_Register, _RowOp, _Product, _Attention, _Phase, _LayerPool, _Program, _Step, Decode)
 
 
 class Tape:
@@ -103,6 +108,14 @@ class Tape:
         self._check(self._library.septet_tape_run(self._handle, addressof(self._step), LOGITS))
         assert out is not None
         return out
+
+    def decode(self, rows: Structure) -> None:
+        """A step in which each of `rows.n` rows computes one token and, where `rows.sampled` is set, draws the next.
+
+        rows: a `Decode` whose addresses hold what csrc/tape.h says. Raises as `run`.
+        """
+        self._step.tokens = rows.n  # type: ignore[attr-defined]
+        self._check(self._library.septet_tape_decode(self._handle, addressof(rows)))
 
     def _lay_out(self, ids: Tensor, layout: Layout) -> list[Tensor]:
         step = self._step
@@ -148,6 +161,7 @@ def _declare(library: Library) -> None:
     signature(library, "septet_tape_sizes", None, [POINTER(c_int64)])
     signature(library, "septet_tape_create", c_void_p, [c_void_p, c_void_p])
     signature(library, "septet_tape_release", None, [c_void_p])
+    signature(library, "septet_tape_decode", c_int, [c_void_p, c_void_p])
     signature(library, "septet_tape_run", c_int, [c_void_p, c_void_p, c_int])
     sizes = (c_int64 * len(_STRUCTURES))()
     library.septet_tape_sizes(sizes)

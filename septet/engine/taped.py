@@ -1,0 +1,83 @@
+"""Decode steps on the tape: rows' tables in, sampled tokens out, one native call.
+
+Called by the runner for steps in which every row computes one token, as `DecodeGraphs` is on a GPU: the native side
+reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p). What
+needs more (penalties, grammars, log-probabilities) takes the logits from here and samples in Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from septet.kernels.native.tape import Decode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from ctypes import Structure
+
+    from torch import Tensor
+
+    from septet.engine.rows import RowInfo, Rows
+    from septet.kernels.native.tape import Tape
+    from septet.step import PlanRow
+
+__all__ = ["TapedDecode"]
+
+
+@dataclass(slots=True)
+class Buffers:
+    """What `run` gives back; overwritten by the next step."""
+
+    row: Tensor  # (max_rows,) int64
+    start: Tensor  # (max_rows,) int64
+    logits: Tensor  # (max_rows, V) float32
+    tokens: Tensor  # (n,) int64, of this step alone
+
+
+class TapedDecode:
+    def __init__(self, tape: Tape, rows: Rows, max_rows: int) -> None:
+        self.tape = tape
+        self.rows = rows
+        self.max_rows = max_rows
+        self.inputs = torch.zeros(3, max_rows, dtype=torch.int64)  # row, start, slot
+        self.fill = self.inputs.numpy()
+        # Pages are taken as rows are used; a new tensor a step would cost a page fault for every 4 KiB of logits.
+        self.logits = torch.from_numpy(np.empty((max_rows, tape.vocab), dtype=np.float32))
+        self.arguments = self._arguments()
+
+    def _arguments(self) -> Structure:
+        rows = self.rows
+        tables = ("tokens", "slot_of", "temperature", "top_p", "min_p", "top_k", "seed")
+        for name in tables:
+            assert getattr(rows, name).is_contiguous()
+        return Decode(
+            row=self.inputs[0].data_ptr(),
+            start=self.inputs[1].data_ptr(),
+            slots=self.inputs[2].data_ptr(),
+            stride=rows.tokens.shape[1],
+            logits=self.logits.data_ptr(),
+            **{name: getattr(rows, name).data_ptr() for name in tables},
+        )
+
+    def fits(self, n_rows: int) -> bool:
+        return 0 < n_rows <= self.max_rows
+
+    def serves(self, info: RowInfo) -> bool:
+        """Can `run` draw this row's token itself?"""
+        return info.unadjusted
+
+    def run(self, rows: Sequence[PlanRow], sample: bool) -> Buffers:
+        """One step; with `sample`, tokens are drawn and written to the rows' state."""
+        n = len(rows)
+        self.fill[0, :n] = [row.row for row in rows]
+        self.fill[1, :n] = [row.start for row in rows]
+        self.fill[2, :n] = [row.slots[0] for row in rows]
+        tokens = torch.empty(n, dtype=torch.int64)
+        self.arguments.n = n  # type: ignore[attr-defined]
+        self.arguments.sampled = tokens.data_ptr() if sample else None  # type: ignore[attr-defined]
+        self.tape.decode(self.arguments)
+        return Buffers(self.inputs[0], self.inputs[1], self.logits, tokens)

@@ -1,0 +1,100 @@
+"""Decode steps that sample natively draw the tokens that the torch sampler draws, for any parameters side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from septet.config import EngineConfig
+from septet.engine.process import Engine, build_engine
+from septet.engine.taped import TapedDecode
+from septet.request import Request, SamplingParams
+from tests import tiny
+from tests.native import native_library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+N_OUT = 40
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 2.0, "top_k": 10_000},
+    {"temperature": 100.0},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    native_library()
+    torch.set_num_threads(1)
+    return tiny.build("llama", tmp_path_factory.mktemp("tiny"))
+
+
+def start(model: Path, kernels: str, **settings: Any) -> Engine:
+    return build_engine(
+        EngineConfig(
+            model=str(model),
+            device="cpu",
+            dtype="float32",
+            kernels=kernels,
+            max_num_seqs=16,
+            num_kv_slots=4096,
+            **settings,
+        )
+    )
+
+
+def answers(engine: Engine, params: list[dict[str, Any]]) -> list[list[int]]:
+    requests = [
+        Request(
+            id=str(i),
+            tokens=tuple(range(20 + i, 40 + i)),
+            params=SamplingParams(max_tokens=N_OUT, seed=1000 + i, ignore_eos=True, **p),
+        )
+        for i, p in enumerate(params)
+    ]
+    out: dict[str, list[int]] = {r.id: [] for r in requests}
+    for request in requests:
+        engine.scheduler.submit(request)
+    ended = 0
+    while ended < len(requests):
+        plan = engine.scheduler.plan()
+        assert plan is not None
+        for update in engine.scheduler.commit(engine.executor.launch(plan).result()):
+            assert update.error is None
+            out[update.request] += update.tokens
+            ended += update.finish_reason is not None
+    return list(out.values())
+
+
+def test_the_same_tokens_as_in_torch(model: Path) -> None:
+    native = start(model, "native")
+    assert isinstance(native.executor.runner.graphs, TapedDecode)  # type: ignore[attr-defined]
+    want = answers(start(model, "reference"), PARAMS)
+    assert answers(native, PARAMS) == want
+    assert len({tuple(tokens) for tokens in want}) == len(want)
+
+
+def test_the_same_tokens_alone_and_without_the_native_step(model: Path) -> None:
+    together = answers(start(model, "native"), PARAMS)
+    assert answers(start(model, "native", enforce_eager=True), PARAMS) == together
+    engine = start(model, "native", enable_prefix_caching=False)
+    for i in (0, 3):
+        padded = [PARAMS[i]] if i == 0 else [{"temperature": 0.0}] * i + [PARAMS[i]]
+        assert answers(engine, padded)[i] == together[i]
+
+
+def test_rows_that_need_python_share_the_step(model: Path) -> None:
+    """A penalty or a bias in one row sends the step's sampling to Python: the other rows' tokens stay the same."""
+    mixed = [*PARAMS, {"temperature": 0.7, "repetition_penalty": 1.3}, {"temperature": 0.0, "logit_bias": {7: 100.0}}]
+    got = answers(start(model, "native"), mixed)
+    assert got[: len(PARAMS)] == answers(start(model, "native"), PARAMS)
+    assert got == answers(start(model, "reference"), mixed)
+    assert set(got[-1]) == {7}
