@@ -4,7 +4,7 @@ Quantised weights: the reference quantises the activations by the same rule, so 
 sides and only the order of float additions differs. Dense weights: float64 products. Shapes are awkward on purpose.
 
 SEPTET_TEST_LIBRARY names another build of the library: the avx512 path on a CPU without it is tested by
-`python csrc/build.py --emulate-avx512 FILE && SEPTET_TEST_LIBRARY=FILE pytest tests/contract/test_native_linear.py`
+`python csrc/build.py --emulate-avx512 FILE`, then that file as SEPTET_TEST_LIBRARY and SEPTET_CPU_PATH=avx512
 (and again with SEPTET_EMULATE_BF16=1). Compiling that takes a few minutes.
 """
 
