@@ -12,6 +12,7 @@ import torch
 from septet.request import Request, SamplingParams
 from tests import tiny
 from tests.cpu.test_engine_parity import start
+from tests.native import native_library
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,8 +61,11 @@ def check(entry: Logprobs, token: int, logp: torch.Tensor, k: int) -> None:
     assert [v for _, v in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "native"])
 @pytest.mark.parametrize("step_tokens", [512, 9])
-def test_prompt_and_output_logprobs(directory: Path, step_tokens: int) -> None:
+def test_prompt_and_output_logprobs(directory: Path, step_tokens: int, kernels: str) -> None:
+    if kernels == "native":
+        native_library()
     rng = random.Random(1)
     prompts = {name: [rng.randrange(300) for _ in range(n)] for name, n in (("a", 150), ("b", 3), ("c", 40))}
     params = {
@@ -69,7 +73,7 @@ def test_prompt_and_output_logprobs(directory: Path, step_tokens: int) -> None:
         "b": SamplingParams(temperature=0.0, max_tokens=9, logprobs=0, seed=0, ignore_eos=True),
         "c": SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, seed=0, ignore_eos=True),
     }
-    engine = start(directory, max_num_batched_tokens=step_tokens)
+    engine = start(directory, kernels, max_num_batched_tokens=step_tokens)
     collect(engine, [Request(id="warm", tokens=tuple(prompts["a"]), params=params["b"])])  # the prompt is cached now
     found = collect(engine, [Request(id=i, tokens=tuple(prompts[i]), params=params[i]) for i in prompts])
     for name, prompt in prompts.items():
