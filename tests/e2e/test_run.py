@@ -142,6 +142,7 @@ def test_a_conversation(smollm2_path: Path, tmp_path: Path) -> None:
         terminal.until(">>>")
         terminal.type("\x03")  # at the prompt it does not end the program either
         terminal.until("leaves")
+        terminal.until(">>>")
         terminal.type("\x04")
         assert terminal.exit_code() == 0
         assert QUESTION in (tmp_path / "run_history").read_text()
