@@ -46,8 +46,7 @@ inline void dots(const float* q, const float* k, int64_t ld, float* s, int64_t l
       const F a = load(q + h * ld + i);
       for (int p = 0; p < 4; p++) sum[h][p] = fma(a, load(k + p * ld + i), sum[h][p]);
     }
-  for (int h = 0; h < H; h++)
-    for (int p = 0; p < 4; p++) s[h * ld_s + p] = total(sum[h][p]);
+  for (int h = 0; h < H; h++) totals(sum[h][0], sum[h][1], sum[h][2], sum[h][3], s + h * ld_s);
 }
 
 // out[h] (ld) = sum over n positions of w[h * ld_w + p] * v[p * ld].
@@ -77,6 +76,13 @@ inline void weighted(const float* w, int64_t ld_w, const float* v, int64_t ld, i
 }
 
 constexpr int64_t ONE_KEYS = 64;  // positions converted at a time
+constexpr int64_t AHEAD = 12;     // positions that are asked for before they are read: slots lie anywhere
+
+inline void ask_for(const void* base, Store kind, int64_t at, int64_t dim) {
+  const int64_t size = kind == Store::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(base) + at * size;
+  for (int64_t i = 0; i < dim * size; i += 64) __builtin_prefetch(p + i);
+}
 
 int64_t scratch_one(const AttendShape& shape) {
   const int64_t ld = padded(shape.dim);
@@ -88,8 +94,12 @@ void score_one(const AttendShape& shape, const AttendOne& task, const float* q, 
   const int64_t ld = padded(shape.dim);
   for (int64_t base = 0; base < n; base += ONE_KEYS) {
     const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
-    for (int64_t p = 0; p < count; p++)
-      fetch(task.kv.k, task.kv.store, task.slots[task.first + base + p] * task.kv.k_stride, shape.dim, keys + p * ld);
+    const int32_t* slots = task.slots + task.first + base;
+    for (int64_t p = 0; p < count; p++) {
+      if (base + p + AHEAD < n) ask_for(task.kv.k, task.kv.store, slots[p + AHEAD] * task.kv.k_stride, shape.dim);
+      ask_for(task.kv.v, task.kv.store, slots[p] * task.kv.v_stride, shape.dim);  // needed after the scores
+      fetch(task.kv.k, task.kv.store, slots[p] * task.kv.k_stride, shape.dim, keys + p * ld);
+    }
     for (int64_t p = 0; p < count; p += 4) {  // the last few read stale keys: their scores are not used
       int64_t h = 0;
       for (; h + 2 <= shape.heads; h += 2) dots<2>(q + h * ld, keys + p * ld, ld, s + h * 256 + base + p, 256);
@@ -102,10 +112,20 @@ void score_one(const AttendShape& shape, const AttendOne& task, const float* q, 
   }
 }
 
-inline float largest_of(const float* x, int64_t n) {
-  float most = NOTHING;
-  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-  return most;
+// Scores (n) become e^(score - max); the rest of the last vector becomes 0. -> max, sum
+inline void soften(float* s, int64_t n, float* most, float* sum) {
+  for (int64_t p = n; p % LANES; p++) s[p] = NOTHING;
+  F top = spread(NOTHING);
+  for (int64_t p = 0; p < n; p += LANES) top = larger(load(s + p), top);
+  *most = largest(top);
+  top = spread(*most);
+  F all = zero();
+  for (int64_t p = 0; p < n; p += LANES) {
+    const F e = exponential(sub(load(s + p), top));
+    store(s + p, e);
+    all = add(all, e);
+  }
+  *sum = total(all);
 }
 
 // At most 256 positions.
@@ -120,21 +140,20 @@ void attend_one(const AttendShape& shape, const AttendOne& task, void* scratch) 
   const int64_t ld_part = shape.dim + 2;
   for (int64_t h = 0; h < shape.heads; h++) {
     float* part = task.part + h * ld_part;
-    part[0] = largest_of(s + h * 256, n);
-    exps(s + h * 256, n, part[0], 1.0f, s + h * 256);
-    float sum = 0;
-    for (int64_t p = 0; p < n; p++) sum += s[h * 256 + p];
-    part[1] = sum;
+    soften(s + h * 256, n, part, part + 1);
     memset(part + 2, 0, static_cast<size_t>(shape.dim) * 4);
   }
+  const bool straight = n <= ONE_KEYS && ld == shape.dim;  // one pass over the values: no sum of passes
+  float* to = straight ? task.part + 2 : acc;
+  const int64_t ld_to = straight ? ld_part : ld;
   for (int64_t base = 0; base < n; base += ONE_KEYS) {
     const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
     for (int64_t p = 0; p < count; p++)
       fetch(task.kv.v, task.kv.store, task.slots[task.first + base + p] * task.kv.v_stride, shape.dim, rows + p * ld);
     int64_t h = 0;
-    for (; h + 2 <= shape.heads; h += 2) weighted<2>(s + h * 256 + base, 256, rows, ld, count, acc + h * ld, ld);
-    if (h < shape.heads) weighted<1>(s + h * 256 + base, 256, rows, ld, count, acc + h * ld, ld);
-    for (h = 0; h < shape.heads; h++) {
+    for (; h + 2 <= shape.heads; h += 2) weighted<2>(s + h * 256 + base, 256, rows, ld, count, to + h * ld_to, ld_to);
+    if (h < shape.heads) weighted<1>(s + h * 256 + base, 256, rows, ld, count, to + h * ld_to, ld_to);
+    for (h = 0; h < shape.heads && !straight; h++) {
       float* part = task.part + h * ld_part + 2;
       add_rows(part, acc + h * ld, shape.dim, part);
     }
@@ -240,7 +259,11 @@ void fetch_tile(const void* from, int64_t stride, const AttendShape& shape, cons
                 const TileScratch& s) {
   const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
   if (padded(shape.dim) < s.ld || count < TILE_KEYS) memset(s.rows, 0, static_cast<size_t>(TILE_KEYS * s.ld) * 4);
-  for (int64_t p = 0; p < count; p++) fetch(from, task.kv.store, task.slots[base + p] * stride, shape.dim, s.rows + p * s.ld);
+  const int32_t* slots = task.slots + base;
+  for (int64_t p = 0; p < count; p++) {
+    if (p + AHEAD < count) ask_for(from, task.kv.store, slots[p + AHEAD] * stride, shape.dim);
+    fetch(from, task.kv.store, slots[p] * stride, shape.dim, s.rows + p * s.ld);
+  }
 }
 
 // Scores of LANES queries from column i on: only keys k with low <= k <= high stay, per lane.

@@ -59,6 +59,11 @@ inline F pick(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes);
 inline bool any(M mask) { return mask != 0; }
 inline bool any_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline float total(F x) { return _mm512_reduce_add_ps(x); }
+inline void totals(F a, F b, F c, F d, float* out) {  // the sums of four vectors, side by side
+  const auto half = [](F x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
 inline float largest(F x) { return _mm512_reduce_max_ps(x); }
 inline I bits(F x) { return _mm512_castps_si512(x); }
 inline F of_bits(I x) { return _mm512_castsi512_ps(x); }
@@ -109,6 +114,10 @@ inline float total(F x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline void totals(F a, F b, F c, F d, float* out) {  // the sums of four vectors, side by side
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 inline float largest(F x) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -168,6 +177,9 @@ inline F pick(M mask, F yes, F no) { EACH no.v[i] = mask.v[i] ? yes.v[i] : no.v[
 inline bool any(M mask) { bool r = false; EACH r |= mask.v[i]; return r; }
 inline bool any_nan(F x) { bool r = false; EACH r |= x.v[i] != x.v[i]; return r; }
 inline float total(F x) { return (x.v[0] + x.v[4] + (x.v[2] + x.v[6])) + (x.v[1] + x.v[5] + (x.v[3] + x.v[7])); }
+inline void totals(F a, F b, F c, F d, float* out) {  // the sums of four vectors, side by side
+  out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+}
 inline float largest(F x) { float r = x.v[0]; EACH r = r > x.v[i] ? r : x.v[i]; return r; }
 inline I bits(F x) { I r; memcpy(r.v, x.v, sizeof r.v); return r; }
 inline F of_bits(I x) { F r; memcpy(r.v, x.v, sizeof r.v); return r; }
