@@ -138,6 +138,31 @@ static inline void store16_masked(void* p, uint16_t mask, __m256i a) {
   for (int i = 0; i < 16; i++)
     if (mask >> i & 1) memcpy(static_cast<char*>(p) + 2 * i, &s.v[i], 2);
 }
+static inline float nearest(float x, int) { return rintf(x); }
+static inline float scaled(float x, float n) { return ldexpf(x, n == n ? static_cast<int>(floorf(n)) : 0) + (n == n ? 0.0f : n); }
+// Predicates that our kernels use: less and at least (false for NaN), unordered.
+static inline __mmask16 compare(EmulatedF a, EmulatedF b, int predicate) {
+  int mask = 0;
+  for (int i = 0; i < 16; i++) {
+    const float x = a.v[i], y = b.v[i];
+    const bool yes = predicate == _CMP_LT_OQ ? x < y : predicate == _CMP_GE_OQ ? x >= y : x != x || y != y;
+    mask |= yes << i;
+  }
+  return static_cast<__mmask16>(mask);
+}
+static inline EmulatedF blend(__mmask16 mask, EmulatedF no, EmulatedF yes) {
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) no.v[i] = yes.v[i];
+  return no;
+}
+// In halves, as GCC's and Clang's sequences do.
+template <typename Op>
+static inline float reduce(const Op& op, EmulatedF a) {
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) a.v[i] = op(a.v[i], a.v[i + n]);
+  return a.v[0];
+}
+static inline __m256 half_of(EmulatedF a, int which) { return read<__m256>(a.v + 8 * which); }
 
 }  // namespace emulated
 
@@ -159,6 +184,14 @@ static inline void store16_masked(void* p, uint16_t mask, __m256i a) {
 #define _mm512_mask_storeu_ps(p, m, a) emulated::store_masked(p, m, a)
 #define _mm512_store_si512(p, a) emulated::store_words(p, a)
 #define _mm256_mask_storeu_epi16(p, m, a) emulated::store16_masked(p, m, a)
+#define _mm512_roundscale_ps(a, imm) emulated::two([](float x, float) { return emulated::nearest(x, imm); }, a, a)
+#define _mm512_scalef_ps(a, b) emulated::two([](float x, float n) { return emulated::scaled(x, n); }, a, b)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare(a, b, predicate)
+#define _mm512_mask_blend_ps(mask, no, yes) emulated::blend(mask, no, yes)
+#define _mm512_reduce_add_ps(a) emulated::reduce([](float x, float y) { return x + y; }, a)
+#define _mm512_reduce_max_ps(a) emulated::reduce([](float x, float y) { return x > y ? x : y; }, a)
+#define _mm512_castps512_ps256(a) emulated::half_of(a, 0)
+#define _mm512_extractf32x8_ps(a, which) emulated::half_of(a, which)
 #define _mm512_castsi512_ps(a) emulated::bits<EmulatedF>(a)
 #define _mm512_castps_si512(a) emulated::bits<EmulatedI>(a)
 #define _mm512_add_ps(a, b) emulated::two([](float x, float y) { return x + y; }, a, b)

@@ -94,7 +94,8 @@ def test_logits_are_those_of_the_reference(family: str, path: str, library: Libr
     taped = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair))
     for got, want, step in zip(steps(taped), steps(pair.harness()), STEPS, strict=True):
         error = (got - want).abs().max() / want.abs().max()
-        assert error < 1e-5, f"{step}: {error}"  # also false for NaN
+        limit = 2e-5 if family == "gemma3" else 1e-5  # twice the norms, and embeddings times 8
+        assert error < limit, f"{step}: {error}"  # also false for NaN
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
