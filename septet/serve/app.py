@@ -1,7 +1,7 @@
 """The HTTP server: routes, health, metrics, errors, start and drain.
 
-Made by `septet serve` (or a test) around one `Session`. Knows HTTP and nothing of tokens or scheduling; each dialect's
-routes are one table entry here.
+Made by `septet serve` (or a test) around one `Session`. Knows HTTP and nothing of tokens or scheduling; a dialect
+is one entry of `DIALECTS`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,24 +20,26 @@ from starlette.routing import Route
 
 import septet
 from septet.errors import EngineDead, InvalidRequest
-from septet.serve import openai
+from septet.serve.dialect import Dialect
 from septet.serve.errors import ClientGone, HttpError
 from septet.serve.guard import Guard
 from septet.serve.metrics import Metrics
+from septet.serve.models import FixedModels, Models
+from septet.serve.openai import OPENAI
 from septet.serve.sse import Reply
+from septet.session.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from septet.engine.messages import EngineStats
-    from septet.session.session import Session
+    from septet.serve.dialect import ErrorStyle, Handler
 
 __all__ = ["Service", "Settings", "bind", "create_app", "serve_forever"]
 
-Handler = Callable[["Service", "Scope", "Receive", Reply], Awaitable[None]]
 DEAD_GRACE_S = 3.0  # how long /health says 503 before a server without an engine exits
 
 
@@ -59,20 +59,25 @@ class Settings:
 
 
 class Service:
-    """What every route gets: the session, the settings, the metrics, whether we are leaving."""
+    """What every route gets: the models, the settings, the metrics, whether we are leaving."""
 
-    def __init__(self, session: Session, settings: Settings) -> None:
-        self.session = session
+    def __init__(self, models: Models | Session, settings: Settings) -> None:
+        self.models = FixedModels(models, settings.served_names) if isinstance(models, Session) else models
         self.settings = settings
-        self.names = settings.served_names or (session.model_name,)
-        self.metrics = Metrics(self.names[0])
-        self.created = int(time.time())
+        self.metrics = Metrics(next((card.name for card in self.models.cards()), ""))
         self.draining = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(card.name for card in self.models.cards())
+
     async def stats(self) -> EngineStats | None:
-        """The engine's numbers, or None if it does not answer in time (it is asked between steps)."""
+        """The default engine's numbers, or None if it does not answer in time (it is asked between steps)."""
+        sessions = self.models.loaded()
+        if not sessions:
+            return None
         try:
-            return await asyncio.wait_for(self.session.client.stats(), self.settings.stats_timeout_s)
+            return await asyncio.wait_for(sessions[0].client.stats(), self.settings.stats_timeout_s)
         except (TimeoutError, EngineDead):
             return None
 
@@ -80,7 +85,7 @@ class Service:
 # -- operational routes -----------------------------------------------------------------------------------------------
 async def health(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     """Ready to take requests? Costs the engine nothing."""
-    if service.session.client.dead:
+    if service.models.dead:
         raise EngineDead("the engine process has ended; restart the server")
     if service.draining:
         raise HttpError(503, "the server is shutting down", code="draining")
@@ -96,33 +101,34 @@ async def version(service: Service, scope: Scope, receive: Receive, reply: Reply
 
 
 async def metrics(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    body = service.metrics.render(await service.stats(), up=not service.session.client.dead)
+    body = service.metrics.render(await service.stats(), up=not service.models.dead)
     await reply.raw(body, "text/plain; version=0.0.4; charset=utf-8")
 
 
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("GET", "/health", health),
-    ("GET", "/ping", ping),
-    ("GET", "/version", version),
-    ("GET", "/metrics", metrics),
-    ("GET", "/v1/models", openai.models),
-    ("GET", "/v1/models/{model:path}", openai.model),
-    ("POST", "/v1/completions", openai.completions),
-    ("POST", "/v1/chat/completions", openai.chat),
+OPERATIONS = Dialect(
+    "operations",
+    (
+        ("GET", "/health", health),
+        ("GET", "/ping", ping),
+        ("GET", "/version", version),
+        ("GET", "/metrics", metrics),
+    ),
 )
+DIALECTS = (OPERATIONS, OPENAI)
 
 
 # -- application ------------------------------------------------------------------------------------------------------
 class Endpoint:
     """One route as an ASGI app: every error becomes an answer, every answer is counted."""
 
-    def __init__(self, service: Service, pattern: str, handler: Handler) -> None:
+    def __init__(self, service: Service, pattern: str, handler: Handler, errors: ErrorStyle) -> None:
         self.service = service
         self.pattern = pattern
         self.handler = handler
+        self.errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, write_timeout_s=self.service.settings.write_timeout_s)
+        reply = Reply(send, write_timeout_s=self.service.settings.write_timeout_s, errors=self.errors)
         try:
             await self.handler(self.service, scope, receive, reply)
         except ClientGone:
@@ -144,9 +150,11 @@ class Endpoint:
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The ASGI application. The caller owns the session and closes it."""
+    """The ASGI application. The caller owns the models and closes them."""
     routes = [
-        Route(pattern, Endpoint(service, pattern, handler), methods=[method]) for method, pattern, handler in ROUTES
+        Route(pattern, Endpoint(service, pattern, handler, dialect.errors), methods=[method])
+        for dialect in DIALECTS
+        for method, pattern, handler in dialect.routes
     ]
     app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
@@ -244,11 +252,11 @@ async def serve_forever(service: Service, sock: socket.socket, on_ready: Callabl
         await server.serve(sockets=[sock])
     finally:
         watch.cancel()
-    return 1 if service.session.client.dead else 0
+    return 1 if service.models.dead else 0
 
 
 async def _end_with_engine(service: Service, server: Any) -> None:
-    while not service.session.client.dead:
+    while not service.models.dead:
         await asyncio.sleep(0.25)
     await asyncio.sleep(DEAD_GRACE_S)
     server.should_exit = True

@@ -1,6 +1,6 @@
-"""OpenAI's HTTP API over a session: models, completions, chat completions.
+"""OpenAI's HTTP API: models, completions, chat completions.
 
-Routes are made by `app.py`; fields are checked by `calls.py`, answers shaped by `shapes.py`. An error before the first
+Fields are checked by `calls.py`, answers shaped by `shapes.py`. An error before the first
 event has its own HTTP status; after it, it is the stream's last event.
 """
 
@@ -12,12 +12,13 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from septet.errors import ModelNotFound
 from septet.serve.body import read_object
-from septet.serve.calls import Call, ChatCall, CompletionCall, parse_chat, parse_completion
+from septet.serve.calls import ChatCall, CompletionCall, parse_chat, parse_completion
+from septet.serve.dialect import Dialect
+from septet.serve.generation import generate
+from septet.serve.models import not_found
 from septet.serve.shapes import ChatShape, CompletionShape, Shape
 from septet.serve.sse import Reply, until_gone
-from septet.session.merge import merge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -25,40 +26,29 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
     from septet.serve.app import Service
-    from septet.serve.metrics import Track
-    from septet.session.events import Event
-    from septet.session.session import Prompt
+    from septet.serve.generation import Numbered
+    from septet.serve.models import ModelCard
+    from septet.session.session import Session
 
-__all__ = ["chat", "completions", "model", "models"]
-
-Numbered = tuple[int, "Event"]
+__all__ = ["OPENAI", "chat", "completions", "model", "models"]
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
 async def models(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    await reply.json({"object": "list", "data": [_card(service, name) for name in service.names]})
+    await reply.json({"object": "list", "data": [_card(card) for card in service.models.cards()]})
 
 
 async def model(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     name = scope["path_params"]["model"]
-    _check_model(service, name)
-    await reply.json(_card(service, name))
+    card = next((card for card in service.models.cards() if card.name == name), None)
+    if card is None:
+        raise not_found(name, service.names)
+    await reply.json(_card(card))
 
 
-def _card(service: Service, name: str) -> dict[str, Any]:
-    limit = service.session.limits.max_model_len
-    root = service.session.model_name
-    card = {"id": name, "object": "model", "created": service.created, "owned_by": "septet"}
-    return card | {"root": root, "parent": None, "max_model_len": limit}
-
-
-def _check_model(service: Service, name: str | None) -> str:
-    if name is None:
-        return service.names[0]
-    if name not in service.names:
-        shown = name if len(name) <= 120 else name[:117] + "..."
-        raise ModelNotFound(f"no model {shown!r} here; this server has {', '.join(service.names)}", param="model")
-    return name
+def _card(card: ModelCard) -> dict[str, Any]:
+    shown = {"id": card.name, "object": "model", "created": card.created, "owned_by": "septet"}
+    return shown | {"root": card.root, "parent": None, "max_model_len": card.max_model_len}
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -77,16 +67,16 @@ async def _body(service: Service, scope: Scope, receive: Receive) -> dict[str, A
     return await read_object(scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
 
 
-async def _chat_shape(service: Service, call: ChatCall, name: str) -> ChatShape:
+async def _chat_shape(session: Session, call: ChatCall, name: str) -> ChatShape:
     tools = call.reading.tools.tools if call.reading.tools.mode != "none" else ()
-    prompt = await service.session.chat_prompt(call.messages, tools=tools, **call.template_options)
+    prompt = await session.chat_prompt(call.messages, tools=tools, **call.template_options)
     last = call.messages[-1]
     echoed = last["content"] if call.echo and last["role"] == "assistant" else ""
     return ChatShape(call, name, [prompt], _number(), int(time.time()), echoed=echoed)
 
 
-async def _completion_shape(service: Service, call: CompletionCall, name: str) -> CompletionShape:
-    session, prompts = service.session, []
+async def _completion_shape(session: Session, call: CompletionCall, name: str) -> CompletionShape:
+    prompts = []
     for given in call.prompts:
         prompts.append(await session.prompt(given, add_special_tokens=call.add_special_tokens))
         await asyncio.sleep(0)  # a batch of prompts must not hold up everybody's tokens
@@ -108,48 +98,42 @@ def _number() -> str:
 
 
 async def _answer(
-    service: Service, call: Any, reply: Reply, make: Callable[[Service, Any, str], Awaitable[Shape]]
+    service: Service, call: Any, reply: Reply, make: Callable[[Session, Any, str], Awaitable[Shape]]
 ) -> None:
-    shape = await make(service, call, _check_model(service, call.model))
-    track = service.metrics.track(call.params, [len(p.tokens) for p in shape.prompts])
-    sources = [_numbered(service, i, prompt, call) for i, prompt in enumerate(shape.prompts)]
-    async with aclosing(merge(sources)) as events:
-        try:
-            await (_stream if call.stream else _whole)(events, shape, track, reply)
-        except asyncio.CancelledError:
-            track.aborted()
-            raise
-        except Exception:
-            track.failed()
-            raise
-
-
-async def _numbered(service: Service, number: int, prompt: Prompt, call: Call) -> AsyncGenerator[Numbered, None]:
     how: dict[str, Any] = {"priority": call.priority, "cache_salt": call.cache_salt}
     if isinstance(call, ChatCall):
         how["reading"] = call.reading
-    generation = service.session.generate(prompt, call.params, **how)
-    async with aclosing(generation) as events:
-        async for event in events:
-            yield number, event
+    async with service.models.use(call.model) as session:
+        shape = await make(session, call, call.model or service.names[0])
+        async with aclosing(generate(service, session, shape.prompts, call.params, **how)) as events:
+            await (_stream if call.stream else _whole)(events, shape, reply)
 
 
-async def _whole(events: AsyncGenerator[Numbered, None], shape: Shape, track: Track, reply: Reply) -> None:
+async def _whole(events: AsyncGenerator[Numbered, None], shape: Shape, reply: Reply) -> None:
     async for number, event in events:
-        track.saw(number, event)
         shape.add(number, event)
     await reply.json(shape.whole())
 
 
-async def _stream(events: AsyncGenerator[Numbered, None], shape: Shape, track: Track, reply: Reply) -> None:
+async def _stream(events: AsyncGenerator[Numbered, None], shape: Shape, reply: Reply) -> None:
     async for number, event in events:
         if not reply.streaming:
             for chunk in shape.opening():
                 await reply.event(chunk)
-        track.saw(number, event)
         told = shape.chunk(number, event)
         if told is not None:
             await reply.event(told)
     if shape.call.include_usage:
         await reply.event(shape.usage_chunk())
     await reply.done()
+
+
+OPENAI = Dialect(
+    "openai",
+    (
+        ("GET", "/v1/models", models),
+        ("GET", "/v1/models/{model:path}", model),
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", chat),
+    ),
+)

@@ -1,4 +1,4 @@
-"""Answers on the wire: one JSON body, or a stream of server-sent events (WHATWG HTML, section 9.2).
+"""Answers on the wire: one JSON body, a stream of server-sent events (WHATWG HTML, section 9.2), or JSON lines.
 
 Owned by the serve room. Knows when a response has begun (an error then travels as an event), drops a reader that does
 not read, and notices a client that leaves while the work still runs.
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from septet.serve.errors import ClientGone, error_body, headers_of, status_of
+from septet.serve.dialect import OPENAI_ERRORS
+from septet.serve.errors import ClientGone
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from starlette.types import Receive, Send
+
+    from septet.serve.dialect import ErrorStyle
 
 __all__ = ["Reply", "until_gone"]
 
@@ -26,13 +29,15 @@ T = TypeVar("T")
 class Reply:
     """One response. `status` is None until it has begun."""
 
-    def __init__(self, send: Send, *, write_timeout_s: float) -> None:
+    def __init__(self, send: Send, *, write_timeout_s: float, errors: ErrorStyle = OPENAI_ERRORS) -> None:
         self._send = send
+        self._errors = errors
         self._write_timeout_s = write_timeout_s
         self._encoder = msgspec.json.Encoder()
         self.status: int | None = None
         self.streaming = False
         self.ended = False
+        self.stream_headers: dict[str, str] = {}  # more headers of a stream, set before its first part
 
     async def json(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         await self.raw(self._encoder.encode(body), "application/json", status, headers)
@@ -41,31 +46,40 @@ class Reply:
         await self._start(status, {"content-type": media_type, "content-length": str(len(body)), **(headers or {})})
         await self._body(body, more=False)
 
-    async def event(self, data: Any) -> None:
-        """One event; the first one begins the stream."""
-        await self._data(self._encoder.encode(data))
+    async def event(self, data: Any, name: str | None = None) -> None:
+        """One event, of this name if given; the first one begins the stream."""
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self._part(head + b"data: " + self._encoder.encode(data) + b"\n\n", "text/event-stream; charset=utf-8")
+
+    async def line(self, data: Any) -> None:
+        """One line of JSON (NDJSON); the first one begins the stream."""
+        await self._part(self._encoder.encode(data) + b"\n", "application/x-ndjson")
 
     async def done(self) -> None:
         """End the stream as OpenAI does."""
-        await self._data(b"[DONE]")
+        await self._part(b"data: [DONE]\n\n", "text/event-stream; charset=utf-8")
+        await self.end()
+
+    async def end(self) -> None:
+        """End the stream without a word."""
         await self._body(b"", more=False)
 
     async def error(self, error: BaseException) -> None:
         """Tell the client: as a body with its status, or as the last event of a stream that has begun."""
         if self.ended:
             return
-        body = error_body(error)
+        body = self._errors.body(error)
         if self.streaming:
-            await self.event(body)
-            await self.done()
+            await self._errors.in_stream(self, body)
         elif self.status is None:
-            await self.json(body, status_of(error), headers_of(error))
+            await self.json(body, self._errors.status(error), self._errors.headers(error))
 
-    async def _data(self, payload: bytes) -> None:
+    async def _part(self, payload: bytes, media_type: str) -> None:
         if not self.streaming:
             self.streaming = True
-            await self._start(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
-        await self._body(b"data: " + payload + b"\n\n", more=True)
+            headers = {"content-type": media_type, "cache-control": "no-cache"}
+            await self._start(200, headers | self.stream_headers)
+        await self._body(payload, more=True)
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.status = status
