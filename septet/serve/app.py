@@ -20,12 +20,14 @@ from starlette.routing import Route
 
 import septet
 from septet.errors import EngineDead, InvalidRequest
+from septet.serve.collide import joined
 from septet.serve.dialect import Dialect
 from septet.serve.errors import ClientGone, HttpError
 from septet.serve.guard import Guard
 from septet.serve.metrics import Metrics
 from septet.serve.models import FixedModels, Models
 from septet.serve.openai import OPENAI
+from septet.serve.openapi import document
 from septet.serve.sse import Reply
 from septet.session.session import Session
 
@@ -105,9 +107,14 @@ async def metrics(service: Service, scope: Scope, receive: Receive, reply: Reply
     await reply.raw(body, "text/plain; version=0.0.4; charset=utf-8")
 
 
+async def openapi(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+    await reply.json(document(DIALECTS))
+
+
 OPERATIONS = Dialect(
     "operations",
     (
+        ("GET", "/openapi.json", openapi),
         ("GET", "/health", health),
         ("GET", "/ping", ping),
         ("GET", "/version", version),
@@ -152,9 +159,8 @@ class Endpoint:
 def create_app(service: Service) -> ASGIApp:
     """The ASGI application. The caller owns the models and closes them."""
     routes = [
-        Route(pattern, Endpoint(service, pattern, handler, dialect.errors), methods=[method])
-        for dialect in DIALECTS
-        for method, pattern, handler in dialect.routes
+        Route(pattern, Endpoint(service, pattern, handler, errors), methods=[method])
+        for method, pattern, handler, errors in joined(DIALECTS)
     ]
     app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception})
     app.router.redirect_slashes = False  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from septet.serve.body import read_object
 from septet.serve.calls import ChatCall, CompletionCall, parse_chat, parse_completion
 from septet.serve.dialect import Dialect
+from septet.serve.fields import CHAT, COMPLETION, MESSAGES, PROMPT, schema_of
 from septet.serve.generation import generate
 from septet.serve.models import not_found
 from septet.serve.shapes import ChatShape, CompletionShape, Shape
@@ -136,4 +137,8 @@ OPENAI = Dialect(
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat),
     ),
+    schemas={
+        "/v1/completions": schema_of(COMPLETION, "prompt", prompt=PROMPT),
+        "/v1/chat/completions": schema_of(CHAT, "messages", messages=MESSAGES),
+    },
 )
