@@ -17,7 +17,9 @@ from septet.serve.errors import ClientGone, HttpError
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
-__all__ = ["decode_object", "read_object"]
+__all__ = ["decode_object", "keep_body", "read_object"]
+
+_KEPT = "septet.body"  # in the scope: a body that was read already
 
 MAX_VALUES = 2**19
 """Of a body, about: decoding holds up everybody else's tokens, and its time goes by values, not by bytes."""
@@ -25,6 +27,8 @@ MAX_VALUES = 2**19
 
 async def read_object(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> dict[str, Any]:
     """The body of a request as a JSON object."""
+    if _KEPT in scope:
+        return scope[_KEPT]
     headers = {name.lower(): value for name, value in scope["headers"]}
     _check_type(headers.get(b"content-type"), headers.get(b"content-encoding"))
     _check_length(headers.get(b"content-length"), max_bytes)
@@ -34,6 +38,11 @@ async def read_object(scope: Scope, receive: Receive, *, max_bytes: int, timeout
     except TimeoutError:
         raise HttpError(408, f"the request body did not arrive within {timeout_s:g} s") from None
     return decode_object(body)
+
+
+def keep_body(scope: Scope, body: dict[str, Any]) -> None:
+    """For a second `read_object`: who chooses a handler by the body has to read it first."""
+    scope[_KEPT] = body
 
 
 def _check_type(content_type: bytes | None, encoding: bytes | None) -> None:

@@ -31,7 +31,7 @@ class Reply:
 
     def __init__(self, send: Send, *, write_timeout_s: float, errors: ErrorStyle = OPENAI_ERRORS) -> None:
         self._send = send
-        self._errors = errors
+        self.errors = errors
         self._write_timeout_s = write_timeout_s
         self._encoder = msgspec.json.Encoder()
         self.status: int | None = None
@@ -68,11 +68,11 @@ class Reply:
         """Tell the client: as a body with its status, or as the last event of a stream that has begun."""
         if self.ended:
             return
-        body = self._errors.body(error)
+        body = self.errors.body(error)
         if self.streaming:
-            await self._errors.in_stream(self, body)
+            await self.errors.in_stream(self, body)
         elif self.status is None:
-            await self.json(body, self._errors.status(error), self._errors.headers(error))
+            await self.json(body, self.errors.status(error), self.errors.headers(error))
 
     async def _part(self, payload: bytes, media_type: str) -> None:
         if not self.streaming:
