@@ -85,6 +85,8 @@ class Tape:
         if not self._handle:
             raise OutOfMemory(f"the tape can't be made for path {path}: no memory, or not on this CPU")
         self.vocab = recording.logits.width
+        self.hidden_width = recording.hidden.width
+        self._hidden_stride = compiled.values[compiled.hidden].stride
         self.n_phases = len(compiled.phases)
         self._step = _Step()
 
@@ -108,6 +110,12 @@ class Tape:
         self._check(self._library.septet_tape_run(self._handle, addressof(self._step), LOGITS))
         assert out is not None
         return out
+
+    def hidden(self) -> Tensor:
+        """(T, D) final hidden states of the last run, normed; the memory is overwritten by the next."""
+        n = self._step.tokens * self._hidden_stride  # type: ignore[attr-defined]
+        values = (c_float * n).from_address(self._library.septet_tape_hidden(self._handle))
+        return torch.frombuffer(values, dtype=torch.float32).view(-1, self._hidden_stride)[:, : self.hidden_width]
 
     def decode(self, rows: Structure) -> None:
         """A step in which each of `rows.n` rows computes one token and, where `rows.sampled` is set, draws the next.
@@ -163,6 +171,7 @@ def _declare(library: Library) -> None:
     signature(library, "septet_tape_release", None, [c_void_p])
     signature(library, "septet_tape_decode", c_int, [c_void_p, c_void_p])
     signature(library, "septet_tape_run", c_int, [c_void_p, c_void_p, c_int])
+    signature(library, "septet_tape_hidden", c_void_p, [c_void_p])
     sizes = (c_int64 * len(_STRUCTURES))()
     library.septet_tape_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(s) for s in _STRUCTURES]:
