@@ -1,8 +1,10 @@
 // Attention over slots of one token each. Included once per path, after lanes.h; see step_kernels.h.
 //
-// One token (decode): keys and values of up to a part's positions, dot products and weighted sums for all query heads of
-// the kv head together, so that each key is read once. Many tokens (prompts): tiles of TILE_KEYS positions, both
-// products by one register-blocked kernel, softmax kept up to date per query (arXiv 2205.14135).
+// One order of addition, whoever asks: a query sees its context in tiles of TILE_KEYS positions that begin at multiples of
+// TILE_KEYS. In a tile: scores by lanes along the head, softmax relative to the tile's own maximum, its sum by lanes along
+// the positions, values added in order of positions. Tiles are joined in order into parts (part_of), parts in order into
+// the result. A decoded token (attend_one: parts on different threads, then merge) and a token of a prompt (attend_tile)
+// differ in which rows share a key's load, never in a row's own operations, so their results are the same bits.
 #pragma once
 
 #include "elementwise_body.h"
@@ -13,114 +15,112 @@ namespace septet {
 namespace {
 
 constexpr float NOTHING = -INFINITY;
+constexpr int64_t AHEAD = 12;               // positions that are asked for before they are read: slots lie anywhere
+constexpr int64_t LD_S = TILE_KEYS + 16;    // stride of scores: a group of four may end behind the tile
+#if SEPTET_LANES == 16
+constexpr int DOT_ROWS = 5, SUM_ROWS = 8, FEW_ROWS = 5;  // of register blocks: what 32 registers hold
+#else
+constexpr int DOT_ROWS = 3, SUM_ROWS = 6, FEW_ROWS = 3;
+#endif
 
 inline int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
 
-// Slot `slot` of keys or values as floats: dim of them, zeros up to padded(dim).
-inline void fetch(const void* base, Store kind, int64_t at, int64_t dim, float* out) {
+// LANES elements of a key or value from element i on.
+template <Store S>
+inline F element(const void* row, int64_t i) {
+  if constexpr (S == Store::f16) return load_half(static_cast<const uint16_t*>(row) + i);
+  if constexpr (S == Store::bf16) return load_bf16(static_cast<const uint16_t*>(row) + i);
+  return load(static_cast<const float*>(row) + i);
+}
+
+inline const void* row_at(const void* base, Store kind, int64_t at) {
+  return static_cast<const char*>(base) + at * (kind == Store::f32 ? 4 : 2);
+}
+
+// A key or value as floats: dim of them, zeros up to padded(dim).
+inline void fetch(const void* row, Store kind, int64_t dim, float* out) {
+  const uint16_t* halves = static_cast<const uint16_t*>(row);
   int64_t i = 0;
-  if (kind == Store::f16) {
-    const uint16_t* p = static_cast<const uint16_t*>(base) + at;
-    for (; i + LANES <= dim; i += LANES) store(out + i, load_half(p + i));
-    for (; i < dim; i++) out[i] = half_float(p[i]);
-  } else if (kind == Store::bf16) {
-    const uint16_t* p = static_cast<const uint16_t*>(base) + at;
-    for (; i + LANES <= dim; i += LANES) store(out + i, load_bf16(p + i));
-    for (; i < dim; i++) out[i] = float_of_bf16(p[i]);
-  } else {
-    const float* p = static_cast<const float*>(base) + at;
-    for (; i + LANES <= dim; i += LANES) store(out + i, load(p + i));
-    for (; i < dim; i++) out[i] = p[i];
-  }
+  for (; i + LANES <= dim; i += LANES)
+    store(out + i, kind == Store::f16 ? element<Store::f16>(row, i) : kind == Store::bf16 ? element<Store::bf16>(row, i) : element<Store::f32>(row, i));
+  for (; i < dim; i++)
+    out[i] = kind == Store::f16 ? half_float(halves[i]) : kind == Store::bf16 ? float_of_bf16(halves[i]) : static_cast<const float*>(row)[i];
   for (const int64_t end = padded(dim); i < end; i++) out[i] = 0.0f;
 }
 
-// H dot products of queries q (stride ld) with the 4 keys at k (stride ld) -> s[h * ld_s + 0 .. 3].
-template <int H>
-inline void dots(const float* q, const float* k, int64_t ld, float* s, int64_t ld_s) {
+inline void ask_for(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// The keys or values of a tile, by position, and what a group of query rows sees of it: positions low .. high - 1.
+struct Tile {
+  const void* row[TILE_KEYS];
+  int64_t low, high;
+};
+
+// H dot products of queries q (stride ld) with 4 keys -> s[h * LD_S + 0 .. 3].
+template <Store S, int H>
+inline void dots(const float* q, int64_t ld, const void* const* keys, float* s) {
   F sum[H][4];
   for (int h = 0; h < H; h++)
     for (int p = 0; p < 4; p++) sum[h][p] = zero();
-  for (int64_t i = 0; i < ld; i += LANES)
+  for (int64_t i = 0; i < ld; i += LANES) {
+    F a[H];
+    for (int h = 0; h < H; h++) a[h] = load(q + h * ld + i);
+    for (int p = 0; p < 4; p++) {
+      const F key = element<S>(keys[p], i);
+      for (int h = 0; h < H; h++) sum[h][p] = fma(a[h], key, sum[h][p]);
+    }
+  }
+  for (int h = 0; h < H; h++) totals(sum[h][0], sum[h][1], sum[h][2], sum[h][3], s + h * LD_S);
+}
+
+template <Store S, int H>
+inline void scores(const float* q, int64_t ld, const Tile& keys, float* s) {
+  int64_t p = keys.low;
+  for (; p + 4 <= keys.high; p += 4) dots<S, H>(q, ld, keys.row + p, s + p);
+  if (p == keys.high) return;
+  const void* last[4];
+  for (int i = 0; i < 4; i++) last[i] = keys.row[p + i < keys.high ? p + i : keys.high - 1];
+  dots<S, H>(q, ld, last, s + p);
+}
+
+// out[h] (ld) = sum over the tile's positions of w[h * LD_S + p] * value[p], C vectors at a time.
+template <Store S, int H, int C>
+inline void weighted(const float* w, const Tile& values, int64_t i, float* out, int64_t ld) {
+  F sum[H][C];
+  for (int h = 0; h < H; h++)
+    for (int j = 0; j < C; j++) sum[h][j] = zero();
+  for (int64_t p = values.low; p < values.high; p++) {
+    F v[C];
+    for (int j = 0; j < C; j++) v[j] = element<S>(values.row[p], i + j * LANES);
     for (int h = 0; h < H; h++) {
-      const F a = load(q + h * ld + i);
-      for (int p = 0; p < 4; p++) sum[h][p] = fma(a, load(k + p * ld + i), sum[h][p]);
-    }
-  for (int h = 0; h < H; h++) totals(sum[h][0], sum[h][1], sum[h][2], sum[h][3], s + h * ld_s);
-}
-
-// out[h] (ld) = sum over n positions of w[h * ld_w + p] * v[p * ld].
-template <int H>
-inline void weighted(const float* w, int64_t ld_w, const float* v, int64_t ld, int64_t n, float* out, int64_t ld_out) {
-  for (int64_t i = 0; i < ld; i += 4 * LANES) {
-    const int wide = static_cast<int>(ld - i < 4 * LANES ? (ld - i) / LANES : 4);
-    F sum[H][4];
-    for (int h = 0; h < H; h++)
-      for (int j = 0; j < 4; j++) sum[h][j] = zero();
-    if (wide == 4) {
-      for (int64_t p = 0; p < n; p++)
-        for (int h = 0; h < H; h++) {
-          const F a = spread(w[h * ld_w + p]);
-          for (int j = 0; j < 4; j++) sum[h][j] = fma(a, load(v + p * ld + i + j * LANES), sum[h][j]);
-        }
-    } else {
-      for (int64_t p = 0; p < n; p++)
-        for (int h = 0; h < H; h++) {
-          const F a = spread(w[h * ld_w + p]);
-          for (int j = 0; j < wide; j++) sum[h][j] = fma(a, load(v + p * ld + i + j * LANES), sum[h][j]);
-        }
-    }
-    for (int h = 0; h < H; h++)
-      for (int j = 0; j < wide; j++) store(out + h * ld_out + i + j * LANES, sum[h][j]);
-  }
-}
-
-constexpr int64_t ONE_KEYS = 64;  // positions converted at a time
-constexpr int64_t AHEAD = 12;     // positions that are asked for before they are read: slots lie anywhere
-
-inline void ask_for(const void* base, Store kind, int64_t at, int64_t dim) {
-  const int64_t size = kind == Store::f32 ? 4 : 2;
-  const char* p = static_cast<const char*>(base) + at * size;
-  for (int64_t i = 0; i < dim * size; i += 64) __builtin_prefetch(p + i);
-}
-
-int64_t scratch_one(const AttendShape& shape) {
-  const int64_t ld = padded(shape.dim);
-  return 4 * (2 * shape.heads * ld + ONE_KEYS * ld + shape.heads * 256);
-}
-
-// Scores of positions first .. last - 1 -> s (heads, n), scaled and capped.
-void score_one(const AttendShape& shape, const AttendOne& task, const float* q, float* keys, float* s, int64_t n) {
-  const int64_t ld = padded(shape.dim);
-  for (int64_t base = 0; base < n; base += ONE_KEYS) {
-    const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
-    const int32_t* slots = task.slots + task.first + base;
-    for (int64_t p = 0; p < count; p++) {
-      if (base + p + AHEAD < n) ask_for(task.kv.k, task.kv.store, slots[p + AHEAD] * task.kv.k_stride, shape.dim);
-      ask_for(task.kv.v, task.kv.store, slots[p] * task.kv.v_stride, shape.dim);  // needed after the scores
-      fetch(task.kv.k, task.kv.store, slots[p] * task.kv.k_stride, shape.dim, keys + p * ld);
-    }
-    for (int64_t p = 0; p < count; p += 4) {  // the last few read stale keys: their scores are not used
-      int64_t h = 0;
-      for (; h + 2 <= shape.heads; h += 2) dots<2>(q + h * ld, keys + p * ld, ld, s + h * 256 + base + p, 256);
-      if (h < shape.heads) dots<1>(q + h * ld, keys + p * ld, ld, s + h * 256 + base + p, 256);
+      const F a = spread(w[h * LD_S + p]);
+      for (int j = 0; j < C; j++) sum[h][j] = fma(a, v[j], sum[h][j]);
     }
   }
-  for (int64_t h = 0; h < shape.heads; h++) {
-    scale_row(s + h * 256, shape.scale, n);
-    if (shape.cap != 0.0f) soft_cap(s + h * 256, shape.cap, n, s + h * 256);
-  }
+  for (int h = 0; h < H; h++)
+    for (int j = 0; j < C; j++) store(out + h * ld + i + j * LANES, sum[h][j]);
+}
+template <Store S, int H, int C>
+inline void sums(const float* w, const Tile& values, float* out, int64_t ld) {
+  int64_t i = 0;
+  for (; i + C * LANES <= ld; i += C * LANES) weighted<S, H, C>(w, values, i, out, ld);
+  for (; i < ld; i += LANES) weighted<S, H, 1>(w, values, i, out, ld);
 }
 
-// Scores (n) become e^(score - max); the rest of the last vector becomes 0. -> max, sum
-inline void soften(float* s, int64_t n, float* most, float* sum) {
-  for (int64_t p = n; p % LANES; p++) s[p] = NOTHING;
+// A row's scores of what it sees of the tile, low .. high - 1 of from .. to, become e^(score - max), the rest 0.
+inline void soften(const AttendShape& shape, float* s, int64_t from, int64_t to, int64_t low, int64_t high, float* most, float* sum) {
+  from = from / LANES * LANES, to = (to + LANES - 1) / LANES * LANES;
+  if (shape.cap != 0.0f) soft_cap(s + low, shape.cap, high - low, s + low);
+  for (int64_t p = from; p < low; p++) s[p] = NOTHING;
+  for (int64_t p = high; p < to; p++) s[p] = NOTHING;
   F top = spread(NOTHING);
-  for (int64_t p = 0; p < n; p += LANES) top = larger(load(s + p), top);
+  for (int64_t p = from; p < to; p += LANES) top = larger(load(s + p), top);
   *most = largest(top);
   top = spread(*most);
   F all = zero();
-  for (int64_t p = 0; p < n; p += LANES) {
+  for (int64_t p = from; p < to; p += LANES) {
     const F e = exponential(sub(load(s + p), top));
     store(s + p, e);
     all = add(all, e);
@@ -128,199 +128,251 @@ inline void soften(float* s, int64_t n, float* most, float* sum) {
   *sum = total(all);
 }
 
-// At most 256 positions.
-void attend_one(const AttendShape& shape, const AttendOne& task, void* scratch) {
-  const int64_t ld = padded(shape.dim), n = task.last - task.first;
-  float* q = static_cast<float*>(scratch);
-  float* acc = q + shape.heads * ld;
-  float* rows = acc + shape.heads * ld;
-  float* s = rows + ONE_KEYS * ld;
-  for (int64_t h = 0; h < shape.heads; h++) fetch(task.q, Store::f32, h * shape.dim, shape.dim, q + h * ld);
-  score_one(shape, task, q, rows, s, n);
-  const int64_t ld_part = shape.dim + 2;
-  for (int64_t h = 0; h < shape.heads; h++) {
-    float* part = task.part + h * ld_part;
-    soften(s + h * 256, n, part, part + 1);
-    memset(part + 2, 0, static_cast<size_t>(shape.dim) * 4);
+// What a row has seen: the largest score, the sum of e^(score - most), and of these times the values.
+struct Seen {
+  float most, sum;
+};
+
+// `seen` and `acc` (dim), then `next` and `more` (dim) of later positions -> both, in `seen` and `acc`.
+inline void join(Seen& seen, float* acc, const Seen& next, const float* more, int64_t dim) {
+  const bool higher = seen.most < next.most;
+  float weights[LANES];
+  store(weights, exponential(spread(higher ? seen.most - next.most : next.most - seen.most)));
+  const F w = spread(weights[0]);
+  float both[LANES];
+  store(both, higher ? fma(w, spread(seen.sum), spread(next.sum)) : fma(w, spread(next.sum), spread(seen.sum)));
+  seen.sum = both[0];
+  if (higher) {
+    seen.most = next.most;
+    lanes_of(dim, [&](int64_t i, int m) { put(acc + i, m, fma(w, get(acc + i, m), get(more + i, m))); });
+  } else {
+    lanes_of(dim, [&](int64_t i, int m) { put(acc + i, m, fma(w, get(more + i, m), get(acc + i, m))); });
   }
-  const bool straight = n <= ONE_KEYS && ld == shape.dim;  // one pass over the values: no sum of passes
-  float* to = straight ? task.part + 2 : acc;
-  const int64_t ld_to = straight ? ld_part : ld;
-  for (int64_t base = 0; base < n; base += ONE_KEYS) {
-    const int64_t count = n - base < ONE_KEYS ? n - base : ONE_KEYS;
-    for (int64_t p = 0; p < count; p++)
-      fetch(task.kv.v, task.kv.store, task.slots[task.first + base + p] * task.kv.v_stride, shape.dim, rows + p * ld);
-    int64_t h = 0;
-    for (; h + 2 <= shape.heads; h += 2) weighted<2>(s + h * 256 + base, 256, rows, ld, count, to + h * ld_to, ld_to);
-    if (h < shape.heads) weighted<1>(s + h * 256 + base, 256, rows, ld, count, to + h * ld_to, ld_to);
-    for (h = 0; h < shape.heads && !straight; h++) {
-      float* part = task.part + h * ld_part + 2;
-      add_rows(part, acc + h * ld, shape.dim, part);
+}
+
+inline void load_queries(const AttendShape& shape, const float* q, float* out) {
+  const int64_t ld = padded(shape.dim);
+  for (int64_t h = 0; h < shape.heads; h++) {
+    fetch(q + h * shape.dim, Store::f32, shape.dim, out + h * ld);
+    scale_row(out + h * ld, shape.scale, shape.dim);
+  }
+}
+
+// -- one token --------------------------------------------------------------------------------------------------------
+// fn(h, count) with a constant count, over all heads in blocks as even as can be.
+template <typename Fn>
+inline void head_blocks(int64_t heads, const Fn& fn) {
+  const int64_t blocks = (heads + FEW_ROWS - 1) / FEW_ROWS;
+  for (int64_t b = 0, h = 0; b < blocks; b++) {
+    const int64_t end = heads * (b + 1) / blocks;
+    switch (end - h) {
+      case 1: fn(h, std::integral_constant<int, 1>()); break;
+      case 2: fn(h, std::integral_constant<int, 2>()); break;
+      case 3: fn(h, std::integral_constant<int, 3>()); break;
+      case 4: fn(h, std::integral_constant<int, 4>()); break;
+      default: fn(h, std::integral_constant<int, 5>()); break;
+    }
+    h = end;
+  }
+}
+
+int64_t scratch_one(const AttendShape& shape) {
+  const int64_t ld = padded(shape.dim);
+  return 4 * (2 * shape.heads * ld + TILE_KEYS * ld + shape.heads * LD_S);
+}
+
+// Keys or values of positions base + low .. base + high - 1: where they lie, or as floats in `rows` where a vector of the
+// pool's would end behind the head.
+inline Store find_rows(const AttendShape& shape, const HeadKV& kv, const void* base, int64_t stride, const int32_t* slots, Tile& tile, float* rows) {
+  for (int64_t p = tile.low; p < tile.high; p++) tile.row[p] = row_at(base, kv.store, slots[p] * stride);
+  if (shape.dim % LANES == 0) return kv.store;
+  for (int64_t p = tile.low; p < tile.high; p++) {
+    fetch(tile.row[p], kv.store, shape.dim, rows + p * padded(shape.dim));
+    tile.row[p] = rows + p * padded(shape.dim);
+  }
+  return Store::f32;
+}
+
+// Calls fn with the pool's type as a constant.
+template <typename Fn>
+inline void of_store(Store store, const Fn& fn) {
+  if (store == Store::f16) fn(std::integral_constant<Store, Store::f16>());
+  else if (store == Store::bf16) fn(std::integral_constant<Store, Store::bf16>());
+  else fn(std::integral_constant<Store, Store::f32>());
+}
+
+void attend_one(const AttendShape& shape, const AttendOne& task, void* scratch) {
+  const int64_t ld = padded(shape.dim), ld_part = shape.dim + 2, bytes = shape.dim * (task.kv.store == Store::f32 ? 4 : 2);
+  float* q = static_cast<float*>(scratch);
+  float* out = q + shape.heads * ld;
+  float* rows = out + shape.heads * ld;
+  float* s = rows + TILE_KEYS * ld;
+  load_queries(shape, task.q, q);
+  for (int64_t base = task.first / TILE_KEYS * TILE_KEYS; base < task.last; base += TILE_KEYS) {
+    const int32_t* slots = task.slots + base;
+    Tile tile;
+    tile.low = task.first > base ? task.first - base : 0;
+    tile.high = task.last - base < TILE_KEYS ? task.last - base : TILE_KEYS;
+    Store kind = find_rows(shape, task.kv, task.kv.k, task.kv.k_stride, slots, tile, rows);
+    for (int64_t p = tile.low; p < tile.high; p++) ask_for(row_at(task.kv.v, task.kv.store, slots[p] * task.kv.v_stride), bytes);
+    of_store(kind, [&](auto type) {
+      head_blocks(shape.heads, [&](int64_t h, auto n) { scores<decltype(type)::value, decltype(n)::value>(q + h * ld, ld, tile, s + h * LD_S); });
+    });
+    Seen seen[2];
+    const bool first = base <= task.first;
+    kind = find_rows(shape, task.kv, task.kv.v, task.kv.v_stride, slots, tile, rows);
+    const auto part_of_head = [&](int64_t h) { return task.part + h * ld_part; };
+    for (int64_t h = 0; h < shape.heads; h++) {
+      float* part = part_of_head(h);
+      soften(shape, s + h * LD_S, tile.low, tile.high, tile.low, tile.high, &seen[1].most, &seen[1].sum);
+      if (first) part[0] = seen[1].most, part[1] = seen[1].sum;
+      else s[h * LD_S + TILE_KEYS] = seen[1].most, s[h * LD_S + TILE_KEYS + 1] = seen[1].sum;
+    }
+    of_store(kind, [&](auto type) {
+      head_blocks(shape.heads, [&](int64_t h, auto n) { sums<decltype(type)::value, decltype(n)::value, 4>(s + h * LD_S, tile, out + h * ld, ld); });
+    });
+    for (int64_t h = 0; h < shape.heads; h++) {
+      float* part = part_of_head(h);
+      if (first) {
+        memcpy(part + 2, out + h * ld, static_cast<size_t>(shape.dim) * 4);
+        continue;
+      }
+      seen[0] = {part[0], part[1]}, seen[1] = {s[h * LD_S + TILE_KEYS], s[h * LD_S + TILE_KEYS + 1]};
+      join(seen[0], part + 2, seen[1], out + h * ld, shape.dim);
+      part[0] = seen[0].most, part[1] = seen[0].sum;
     }
   }
 }
 
 void merge(const float* parts, int64_t count, int64_t stride, int64_t dim, float* out) {
-  float most = NOTHING, sum = 0;
-  bool poisoned = false;
-  for (int64_t c = 0; c < count; c++) {
-    most = parts[c * stride] > most ? parts[c * stride] : most;
-    poisoned |= parts[c * stride + 1] != parts[c * stride + 1];
-  }
-  memset(out, 0, static_cast<size_t>(dim) * 4);
-  for (int64_t c = 0; c < count; c++) {
+  Seen seen{parts[0], parts[1]};
+  memcpy(out, parts + 2, static_cast<size_t>(dim) * 4);
+  for (int64_t c = 1; c < count; c++) {
     const float* part = parts + c * stride;
-    const float weight = poisoned ? NAN : part[0] == most ? 1.0f : expf(part[0] - most);
-    sum += weight * part[1];
-    const F w = spread(weight);
-    lanes_of(dim, [&](int64_t i, int m) { put(out + i, m, fma(w, get(part + 2 + i, m), get(out + i, m))); });
+    join(seen, out, {part[0], part[1]}, part + 2, dim);
   }
-  scale_row(out, 1.0f / sum, dim);
+  scale_row(out, 1.0f / seen.sum, dim);
 }
 
-#if SEPTET_LANES == 16
-constexpr int ROWS = 8, COLS = 2;  // of the register block: ROWS values by COLS vectors
-#else
-constexpr int ROWS = 6, COLS = 2;
-#endif
-constexpr int64_t WIDE = COLS * LANES;
-
-// c (R, WIDE) (+)= a (R, depth) b (depth, WIDE). Element (r, k) of a: a[r * a_row + k * a_col].
-template <int R>
-inline void block(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth, float* c,
-                  int64_t ldc, bool more) {
-  F sum[R][COLS];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < COLS; j++) sum[r][j] = more ? load(c + r * ldc + j * LANES) : zero();
-  for (int64_t k = 0; k < depth; k++) {
-    F y[COLS];
-    for (int j = 0; j < COLS; j++) y[j] = load(b + k * ldb + j * LANES);
-    for (int r = 0; r < R; r++) {
-      const F x = spread(a[r * a_row + k * a_col]);
-      for (int j = 0; j < COLS; j++) sum[r][j] = fma(x, y[j], sum[r][j]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < COLS; j++) store(c + r * ldc + j * LANES, sum[r][j]);
-}
-
-// The same for n rows and `width` columns, a multiple of WIDE. Each row is computed as if it were alone.
-void product(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-             int64_t n, int64_t width, bool more) {
-  for (int64_t j = 0; j < width; j += WIDE) {
-    int64_t r = 0;
-    for (; r + ROWS <= n; r += ROWS) block<ROWS>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
-    for (; r + 2 <= n; r += 2) block<2>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
-    if (r < n) block<1>(a + r * a_row, a_row, a_col, b + j, ldb, depth, c + r * ldc + j, ldc, more);
-  }
-}
-
-inline int64_t whole(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
-
-// Queries lie in columns: scores (TILE_KEYS, n), so that softmax runs down the lanes, without sums across them.
+// -- many tokens ------------------------------------------------------------------------------------------------------
+// Rows of a query tile: token * heads + head. What one tile of keys gives, the part under way, and all parts before it.
 struct TileScratch {
-  int64_t n, wide, ld;                 // queries; rounded up to WIDE; stride of keys, values and acc
-  float *q, *scores, *rows, *acc;      // (E, wide), (TILE_KEYS, wide), (TILE_KEYS, ld), (n, ld)
-  float *at, *most, *sum, *shrink;     // (wide): position less the tile's start; running softmax
+  int64_t n, ld;
+  float *q, *scores, *rows;       // (n, ld), (n, LD_S), (TILE_KEYS, ld)
+  float *tile, *part, *all;       // (n, ld) each
+  Seen *tile_seen, *part_seen, *all_seen;
 };
 
 int64_t scratch_tile(const AttendShape& shape, int64_t count) {
-  const int64_t n = count * shape.heads, wide = whole(n), ld = whole(shape.dim);
-  return 4 * (wide * (shape.dim + TILE_KEYS + 4) + (TILE_KEYS + n) * ld);
+  const int64_t n = count * shape.heads, ld = padded(shape.dim);
+  return 4 * (n * (4 * ld + LD_S + 6) + TILE_KEYS * ld);
 }
 
 TileScratch cut_tile(const AttendShape& shape, int64_t n, void* memory) {
   TileScratch s;
-  s.n = n, s.wide = whole(n), s.ld = whole(shape.dim);
+  s.n = n, s.ld = padded(shape.dim);
   s.q = static_cast<float*>(memory);
-  s.scores = s.q + s.wide * shape.dim;
-  s.rows = s.scores + s.wide * TILE_KEYS;
-  s.acc = s.rows + TILE_KEYS * s.ld;
-  s.at = s.acc + n * s.ld;
-  s.most = s.at + s.wide;
-  s.sum = s.most + s.wide;
-  s.shrink = s.sum + s.wide;
+  s.scores = s.q + n * s.ld;
+  s.rows = s.scores + n * LD_S;
+  s.tile = s.rows + TILE_KEYS * s.ld;
+  s.part = s.tile + n * s.ld;
+  s.all = s.part + n * s.ld;
+  s.tile_seen = reinterpret_cast<Seen*>(s.all + n * s.ld);
+  s.part_seen = s.tile_seen + n;
+  s.all_seen = s.part_seen + n;
   return s;
 }
 
-void begin_tile(const AttendShape& shape, const AttendTile& task, const TileScratch& s) {
-  for (int64_t i = 0; i < s.wide; i++) {
-    const int64_t query = i < s.n ? i : s.n - 1;  // what pads the last vector is computed and not used
-    const float* q = task.q + query / shape.heads * task.ld_q + query % shape.heads * shape.dim;
-    for (int64_t e = 0; e < shape.dim; e++) s.q[e * s.wide + i] = q[e] * shape.scale;
-    s.at[i] = static_cast<float>(query / shape.heads);
-    s.most[i] = NOTHING, s.sum[i] = 0;
-  }
-  memset(s.acc, 0, static_cast<size_t>(s.n * s.ld) * 4);
-}
-
-// Slots of positions base .. base + TILE_KEYS - 1 up to `end` as floats; what lies beyond is zero.
-void fetch_tile(const void* from, int64_t stride, const AttendShape& shape, const AttendTile& task, int64_t base, int64_t end,
-                const TileScratch& s) {
-  const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
-  if (padded(shape.dim) < s.ld || count < TILE_KEYS) memset(s.rows, 0, static_cast<size_t>(TILE_KEYS * s.ld) * 4);
+// Slots of positions base .. base + count - 1 as floats.
+void fetch_tile(const void* from, int64_t stride, const AttendShape& shape, const AttendTile& task, int64_t base, int64_t count, const TileScratch& s) {
   const int32_t* slots = task.slots + base;
+  const int64_t bytes = shape.dim * (task.kv.store == Store::f32 ? 4 : 2);
   for (int64_t p = 0; p < count; p++) {
-    if (p + AHEAD < count) ask_for(from, task.kv.store, slots[p + AHEAD] * stride, shape.dim);
-    fetch(from, task.kv.store, slots[p] * stride, shape.dim, s.rows + p * s.ld);
+    if (p + AHEAD < count) ask_for(row_at(from, task.kv.store, slots[p + AHEAD] * stride), bytes);
+    fetch(row_at(from, task.kv.store, slots[p] * stride), task.kv.store, shape.dim, s.rows + p * s.ld);
   }
 }
 
-// Scores of LANES queries from column i on: only keys k with low <= k <= high stay, per lane.
-void mask_tile(const AttendShape& shape, const AttendTile& task, int64_t base, const TileScratch& s, int64_t i) {
-  const F high = add(load(s.at + i), spread(static_cast<float>(task.start - base)));
-  const F low = shape.window ? sub(high, spread(static_cast<float>(shape.window - 1))) : spread(0.0f);
-  const F nothing = spread(NOTHING);
-  for (int64_t k = 0; k < TILE_KEYS; k++) {
-    const F key = spread(static_cast<float>(k));
-    float* score = s.scores + k * s.wide + i;
-    store(score, pick(less(high, key), nothing, pick(less(key, low), nothing, load(score))));
-  }
+// What the token at `position` sees of the tile from base on.
+struct View {
+  int64_t low, high;
+};
+inline View view(const AttendShape& shape, int64_t position, int64_t base) {
+  const int64_t oldest = shape.window && position >= shape.window ? position - shape.window + 1 : 0;
+  return {oldest > base ? oldest - base : 0, position - base + 1 < TILE_KEYS ? position - base + 1 : TILE_KEYS};
 }
 
-// Softmax of the tile brought up to date for the queries from column `from` on; scores become weights.
-void absorb(const AttendShape& shape, const AttendTile& task, int64_t base, const TileScratch& s, int64_t from) {
-  const int64_t youngest = task.start + task.count - 1;
-  const bool cut = base + TILE_KEYS - 1 > task.start || (shape.window && base < youngest - shape.window + 1);
-  for (int64_t i = from; i < s.wide; i += LANES) {
-    if (shape.cap != 0.0f)
-      for (int64_t k = 0; k < TILE_KEYS; k++) soft_cap(s.scores + k * s.wide + i, shape.cap, LANES, s.scores + k * s.wide + i);
-    if (cut) mask_tile(shape, task, base, s, i);
-    const F before = load(s.most + i);
-    F most = before;
-    for (int64_t k = 0; k < TILE_KEYS; k++) most = larger(load(s.scores + k * s.wide + i), most);
-    const F top = pick(at_least(most, spread(-3.0e38f)), most, zero());  // a query that has seen nothing yet
-    const F shrink = exponential(sub(before, top));
-    F sum = mul(load(s.sum + i), shrink);
-    for (int64_t k = 0; k < TILE_KEYS; k++) {
-      const F weight = exponential(sub(load(s.scores + k * s.wide + i), top));
-      store(s.scores + k * s.wide + i, weight);
-      sum = add(sum, weight);
-    }
-    store(s.most + i, most), store(s.sum + i, sum), store(s.shrink + i, shrink);
+// What rows r .. r + count - 1 see of it at least one of.
+inline void set_view(const AttendShape& shape, const AttendTile& task, int64_t base, int64_t r, int64_t count, Tile& tile) {
+  tile.low = view(shape, task.start + r / shape.heads, base).low;
+  tile.high = view(shape, task.start + (r + count - 1) / shape.heads, base).high;
+}
+
+template <int H>
+void score_rows(const AttendShape& shape, const AttendTile& task, int64_t base, int64_t r, Tile& tile, const TileScratch& s) {
+  set_view(shape, task, base, r, H, tile);
+  scores<Store::f32, H>(s.q + r * s.ld, s.ld, tile, s.scores + r * LD_S);
+}
+template <int H>
+void sum_rows(const AttendShape& shape, const AttendTile& task, int64_t base, int64_t r, Tile& tile, const TileScratch& s) {
+  set_view(shape, task, base, r, H, tile);
+  for (int64_t i = r; i < r + H; i++) {
+    const View own = view(shape, task.start + i / shape.heads, base);
+    soften(shape, s.scores + i * LD_S, tile.low, tile.high, own.low, own.high, &s.tile_seen[i].most, &s.tile_seen[i].sum);
   }
-  for (int64_t i = from; i < s.n; i++)
-    if (s.shrink[i] != 1.0f) scale_row(s.acc + i * s.ld, s.shrink[i], s.ld);
+  sums<Store::f32, H, 2>(s.scores + r * LD_S, tile, s.tile + r * s.ld, s.ld);
+}
+
+// The tile's results of row r join its part's, a part's that ends those before it.
+void take_in(const AttendShape& shape, const AttendTile& task, int64_t base, int64_t r, const TileScratch& s) {
+  const int64_t position = task.start + r / shape.heads, at = r * s.ld, part = part_of(base);
+  const int64_t oldest = shape.window && position >= shape.window ? position - shape.window + 1 : 0;
+  const bool begins = base == part_start(part) || base <= oldest;
+  const bool ends = base + TILE_KEYS == part_start(part + 1) || base + TILE_KEYS > position;
+  const float* from = s.tile + at;
+  Seen seen = s.tile_seen[r];
+  if (!begins) {
+    join(s.part_seen[r], s.part + at, seen, from, shape.dim);
+    from = s.part + at, seen = s.part_seen[r];
+  } else if (!ends) {
+    memcpy(s.part + at, from, static_cast<size_t>(shape.dim) * 4);
+    s.part_seen[r] = seen;
+  }
+  if (!ends) return;
+  if (part == part_of(oldest)) {
+    memcpy(s.all + at, from, static_cast<size_t>(shape.dim) * 4);
+    s.all_seen[r] = seen;
+  } else {
+    join(s.all_seen[r], s.all + at, seen, from, shape.dim);
+  }
 }
 
 void attend_tile(const AttendShape& shape, const AttendTile& task, void* memory) {
   const TileScratch s = cut_tile(shape, task.count * shape.heads, memory);
   const int64_t end = task.start + task.count;
-  begin_tile(shape, task, s);
+  for (int64_t i = 0; i < task.count; i++) load_queries(shape, task.q + i * task.ld_q, s.q + i * shape.heads * s.ld);
+  Tile tile;
+  for (int64_t p = 0; p < TILE_KEYS; p++) tile.row[p] = s.rows + p * s.ld;
   const int64_t oldest = shape.window && task.start >= shape.window ? task.start - shape.window + 1 : 0;
   for (int64_t base = oldest / TILE_KEYS * TILE_KEYS; base < end; base += TILE_KEYS) {
-    const int64_t skip = base > task.start ? base - task.start : 0;  // tokens before this tile see none of it
-    const int64_t from = skip * shape.heads / WIDE * WIDE;
-    fetch_tile(task.kv.k, task.kv.k_stride, shape, task, base, end, s);
-    product(s.rows, s.ld, 1, s.q + from, s.wide, shape.dim, s.scores + from, s.wide, TILE_KEYS, s.wide - from, false);
-    absorb(shape, task, base, s, from);
-    fetch_tile(task.kv.v, task.kv.v_stride, shape, task, base, end, s);
-    product(s.scores + from, 1, s.wide, s.rows, s.ld, TILE_KEYS, s.acc + from * s.ld, s.ld, s.n - from, s.ld, true);
+    // Rows first .. last - 1 see some of this tile.
+    const int64_t first = base > task.start ? (base - task.start) * shape.heads : 0, out_of_window = base + TILE_KEYS - 1 + shape.window;
+    const int64_t last = shape.window && out_of_window < end ? (out_of_window - task.start) * shape.heads : s.n;
+    const int64_t count = end - base < TILE_KEYS ? end - base : TILE_KEYS;
+    fetch_tile(task.kv.k, task.kv.k_stride, shape, task, base, count, s);
+    int64_t r = first;
+    for (; r + DOT_ROWS <= last; r += DOT_ROWS) score_rows<DOT_ROWS>(shape, task, base, r, tile, s);
+    for (; r < last; r++) score_rows<1>(shape, task, base, r, tile, s);
+    fetch_tile(task.kv.v, task.kv.v_stride, shape, task, base, count, s);
+    for (r = first; r + SUM_ROWS <= last; r += SUM_ROWS) sum_rows<SUM_ROWS>(shape, task, base, r, tile, s);
+    for (; r + 2 <= last; r += 2) sum_rows<2>(shape, task, base, r, tile, s);
+    for (; r < last; r++) sum_rows<1>(shape, task, base, r, tile, s);
+    for (r = first; r < last; r++) take_in(shape, task, base, r, s);
   }
   for (int64_t i = 0; i < s.n; i++) {
     float* out = task.out + i / shape.heads * task.ld_out + i % shape.heads * shape.dim;
-    memcpy(out, s.acc + i * s.ld, static_cast<size_t>(shape.dim) * 4);
-    scale_row(out, 1.0f / s.sum[i], shape.dim);
+    memcpy(out, s.all + i * s.ld, static_cast<size_t>(shape.dim) * 4);
+    scale_row(out, 1.0f / s.all_seen[i].sum, shape.dim);
   }
 }
 

@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if SEPTET_LANES
 #include <immintrin.h>
 #endif

@@ -31,7 +31,8 @@ struct AttendShape {
   int64_t window;
 };
 
-// One token over positions first .. last - 1 of its context (its own position included where it lies there).
+// One token over positions first .. last - 1 of its context (its own position included where it lies there), all of one
+// part (part_of).
 // A part's result, for each head: [max score, sum of e^(score - max), sum of e^(score - max) * v (E)].
 struct AttendOne {
   HeadKV kv;
@@ -54,6 +55,18 @@ struct AttendTile {
 
 constexpr int64_t TILE_KEYS = 64;      // positions of a tile; tiles start at multiples of it
 constexpr int64_t TILE_QUERIES = 96;   // tokens x heads of an AttendTile, at most, where one token has no more heads
+
+// Parts of a context, which decoding shares among threads, begin at fixed positions: each tile up to SHORT, then every
+// LONG_PART. A row's result so depends on its own position only. (Unnamed: included under several instruction sets.)
+namespace {
+constexpr int64_t SHORT = 512, LONG_PART = 256;
+inline int64_t part_of(int64_t position) {
+  return position < SHORT ? position / TILE_KEYS : SHORT / TILE_KEYS + (position - SHORT) / LONG_PART;
+}
+inline int64_t part_start(int64_t part) {
+  return part <= SHORT / TILE_KEYS ? part * TILE_KEYS : SHORT + (part - SHORT / TILE_KEYS) * LONG_PART;
+}
+}  // namespace
 
 struct StepKernels {
   Path path;

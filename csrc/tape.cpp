@@ -15,16 +15,7 @@ namespace septet {
 namespace {
 
 constexpr int64_t HUGE_PAGE = 2 << 20;
-constexpr int64_t PART = 64, SHORT = 512, LONG_PART = 256;  // positions of a part: up to SHORT, and beyond
 constexpr int64_t GATED_GROUPS = 4;                         // groups of a gated product whose outputs stay in the cache
-
-// Parts of a context begin at fixed positions, so that a row's result depends on its own length only.
-int64_t part_of(int64_t position) {
-  return position < SHORT ? position / PART : SHORT / PART + (position - SHORT) / LONG_PART;
-}
-int64_t part_start(int64_t part) {
-  return part <= SHORT / PART ? part * PART : SHORT + (part - SHORT / PART) * LONG_PART;
-}
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

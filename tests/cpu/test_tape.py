@@ -6,6 +6,7 @@ The engine's greedy ids on the tape are held against transformers in test_engine
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import gguf
 import pytest
 import torch
 
+from septet.config import ModelConfig
 from septet.engine.forward import record
 from septet.errors import InvalidRequest, UnsupportedModel
 from septet.geometry import BLOCKS
@@ -23,6 +25,8 @@ from septet.kernels.reference import ReferenceOps
 from septet.layers.build import Build
 from septet.models.registry import load_model
 from septet.quant.gguf import GGUFBlocks
+from septet.quant.none import Dense
+from septet.quant.scheme import PackedWeight
 from tests import families
 from tests.forward import Harness, StateSource
 from tests.native import TapeModel, native_library
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.kernels.native.library import Library
-    from septet.quant.scheme import PackedWeight
 
 torch.set_num_threads(1)
 STEPS: tuple[Mapping[int, int], ...] = (  # line -> new tokens: prompts, chunks, decode, few rows and many
@@ -116,14 +119,82 @@ def test_threads_and_neighbours_change_no_bit(family: str, path: str, library: L
             assert torch.equal(crowd.step(rows)[0], want)
 
 
-def test_chunks_of_a_prompt_change_no_bit(path: str, library: Library) -> None:
-    pair = families.make("gemma3")
-    dice = random.Random(5)
-    prompt = [dice.randrange(families.VOCAB) for _ in range(150)]
-    whole = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair)).step({0: prompt})[0]
-    chunked = tape_harness(pair, Pool(library, 2), path, lambda: dense_source(pair))
-    parts = [chunked.step({0: prompt[lo:hi]})[0] for lo, hi in ((0, 7), (7, 70), (70, 72), (72, 150))]
-    assert torch.equal(torch.cat(parts), whole)
+class RandomSource(StateSource):
+    """Any tensor of any name, in Q8_0 where the width allows: eight-bit inputs turn a last bit into a visible step."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        dice = torch.Generator().manual_seed(sum(name.encode()))
+        spread = 0.3 if len(shape) == 1 else 1.6 * shape[1] ** -0.5
+        return float(len(shape) == 1) + spread * torch.randn(shape, generator=dice)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+        values = self.vector(name, shape)
+        if shape[1] % 32:
+            return PackedWeight(Dense(), {"weight": values}, shape)
+        blocks = torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0))
+        return GGUFBlocks("Q8_0").pack(blocks.view(torch.uint8))
+
+    def has(self, name: str) -> bool:
+        return "bias" not in name and "norm" not in name
+
+
+LONG = 1100  # past the parts of 64 positions, into those of 256
+CUTS = (7, 64, 1, 1, 130, 1, 300, 1, 2, 1, 200, 1, 1, 1)  # sizes of the steps, over and over
+SHAPES = [  # heads, kv heads, head dim, length
+    (3, 1, 16, LONG),
+    (4, 2, 20, 150),
+    (5, 1, 40, 150),
+    (8, 1, 64, 150),
+]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "length"), SHAPES)
+def test_one_order_of_addition(
+    heads: int, kv_heads: int, dim: int, length: int, kv_dtype: torch.dtype, path: str, library: Library
+) -> None:
+    """The same bits for a prompt's tokens in one step, in any chunks, decoded one by one, or after a cached prefix."""
+    windows = (None, 100, 9, 650)
+    config = ModelConfig(
+        architecture="mistral",
+        vocab_size=families.VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=4,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        norm_eps=1e-5,
+        max_position=LONG,
+        layer_windows=windows,
+        attention_softcap=5.0 if dim == 40 else 0.0,
+    )
+    ops = TapeOps(library, Pool(library, 2), path)
+    model = load_model(Build(config, ops, RandomSource(), torch.device("cpu"), torch.float32, LONG))
+    taped = TapeModel()
+    harness = Harness(
+        taped,  # type: ignore[arg-type]
+        config,
+        n_slots=6 * LONG,
+        max_len=LONG,
+        dtype=kv_dtype,
+    )
+    taped.tape = record(model, ops, harness.kv)
+    dice = random.Random(length)
+    prompt = [dice.randrange(families.VOCAB) for _ in range(length)]
+    whole = harness.step({0: prompt})[0]
+    assert whole.isfinite().all()
+    at, sizes = 0, itertools.cycle(CUTS)
+    while at < length:
+        end = min(length, at + next(sizes))
+        assert torch.equal(harness.step({1: prompt[at:end]})[1], whole[at:end]), (at, end)
+        at = end
+    for cached, beside in ((100, {3: [1]}), (64, {3: [2, 3]}), (97, {})):
+        harness.share(2, 0, cached)
+        assert torch.equal(harness.step({2: prompt[cached:], **beside})[2], whole[cached:]), cached
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.bfloat16])

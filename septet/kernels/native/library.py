@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["PATHS", "Library", "NativeUnavailable", "Pool", "choose_path", "load", "signature"]
 
 PATHS = ("portable", "avx2", "avx512")  # number = index, as in csrc/cpu.h
-EMULATED = ("avx512",)  # tested by emulation alone so far (`python csrc/build.py --emulate-avx512`)
 ABI = 1  # csrc/api.h
 FILE = Path(__file__).parent / "libseptet_native.so"
 
@@ -57,9 +56,8 @@ class Library(ctypes.CDLL):
     """The loaded library: its functions are attributes, typed. Handles are plain integers (see csrc/api.h)."""
 
     def has_path(self, path: str) -> bool:
-        """Can this CPU run it? A path that only emulation has tested must be asked for by SEPTET_CPU_PATH."""
-        allowed = path not in EMULATED or os.environ.get("SEPTET_CPU_PATH") == path
-        return allowed and bool(self.septet_has_path(PATHS.index(path)))
+        """Can this CPU run it?"""
+        return bool(self.septet_has_path(PATHS.index(path)))
 
     @property
     def paths(self) -> list[str]:
@@ -101,14 +99,13 @@ def choose_path(library: Library, wanted: str = "", environ: Mapping[str, str] =
     """-> (path, the reason). `wanted`, or else SEPTET_CPU_PATH, forces one; InvalidRequest if this CPU lacks it."""
     forced = wanted or environ.get("SEPTET_CPU_PATH", "")
     if not forced:
-        return library.paths[-1], f"the best this CPU has of {', '.join(PATHS)}, less what only emulation has tested"
+        return library.paths[-1], f"the best this CPU has of {', '.join(PATHS)}"
     origin = "asked for" if wanted else "SEPTET_CPU_PATH"
     if forced not in PATHS:
         raise InvalidRequest(f"{origin}: CPU path {forced!r} is none of {', '.join(PATHS)}", param="SEPTET_CPU_PATH")
     if not library.has_path(forced):
         have = ", ".join(library.paths)
-        hint = f" (SEPTET_CPU_PATH={forced} tries it, where the CPU has it)" if forced in EMULATED else ""
-        raise InvalidRequest(f"{origin}: this CPU lacks path {forced!r}; it has {have}{hint}", param="SEPTET_CPU_PATH")
+        raise InvalidRequest(f"{origin}: this CPU lacks path {forced!r}; it has {have}", param="SEPTET_CPU_PATH")
     return forced, origin
 
 
