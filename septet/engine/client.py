@@ -82,6 +82,10 @@ class EngineClient(Protocol):
         """The engine's figures as of now, answered between two steps."""
         ...
 
+    async def scope(self) -> StatsReply:
+        """The figures and a bounded look at what runs, made between two steps: for a page that somebody watches."""
+        ...
+
     async def close(self) -> None:
         """Abort everything and end the engine. May be called twice."""
         ...
@@ -132,6 +136,7 @@ def merge(updates: Sequence[Update]) -> Update:
         finish_reason=last.finish_reason,
         stop_token=last.stop_token,
         cached_tokens=max(update.cached_tokens for update in updates),
+        pooled=last.pooled,
         error=last.error,
         error_kind=last.error_kind,
     )
@@ -145,7 +150,7 @@ class _Client:
     def __init__(self) -> None:
         self._open: dict[str, Mailbox] = {}
         self._left: set[str] = set()  # ids whose reader has gone before the last update: not free until that arrives
-        self._tickets: dict[int, asyncio.Future[EngineStats]] = {}
+        self._tickets: dict[int, asyncio.Future[StatsReply]] = {}
         self._numbers = itertools.count()
         self._death: str | None = None
         self._lost = asyncio.Event()
@@ -187,11 +192,17 @@ class _Client:
         self._post(Teach(vocabulary))
 
     async def stats(self) -> EngineStats:
+        return (await self._ask(scope=False)).stats
+
+    async def scope(self) -> StatsReply:
+        return await self._ask(scope=True)
+
+    async def _ask(self, *, scope: bool) -> StatsReply:
         self._check_alive()
         ticket = next(self._numbers)
         future = self._tickets[ticket] = asyncio.get_running_loop().create_future()
         try:
-            self._post(StatsRequest(ticket))
+            self._post(StatsRequest(ticket, scope))
             return await future
         finally:
             del self._tickets[ticket]
@@ -219,7 +230,7 @@ class _Client:
             elif isinstance(message, StatsReply):
                 future = self._tickets.get(message.ticket)
                 if future is not None and not future.done():
-                    future.set_result(message.stats)
+                    future.set_result(message)
             else:
                 self._on_other(message)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from septet.engine.chores import Chores, HostClock
 from septet.engine.grammars import GrammarReady
 from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Teach, Update
+from septet.engine.scope import look
 from septet.engine.wire import Disconnected
 from septet.errors import EngineDead, InvalidRequest, SeptetError
 from septet.request import FinishReason, Request
@@ -77,7 +78,7 @@ class EngineLoop:
         self.failures = 0  # failed steps in a row
         self.failed_steps = 0
         self.clock = HostClock()
-        self.chores = Chores(scheduler.audit, strict=strict, owns_gc=owns_gc, pause_s=pause_s)
+        self.chores = Chores(scheduler.audit, executor.spare, strict=strict, owns_gc=owns_gc, pause_s=pause_s)
 
     def run(self) -> int:
         """Serve; returns the exit code: 0 after Shutdown or when the client left, 1 after telling it `Fatal`."""
@@ -107,6 +108,8 @@ class EngineLoop:
         if self.in_flight and (plan is None or len(self.in_flight) >= self.executor.depth):
             self._commit()
         self.idle = plan is None and not self.in_flight
+        if not self.idle:
+            self.chores.between_steps()
 
     # -- hearing ------------------------------------------------------------------------------------------------------
     def _hear(self) -> None:
@@ -124,8 +127,8 @@ class EngineLoop:
                     self._say(self._grammar_ready(id))
                 case Teach(vocabulary) if self.grammars is not None:
                     self.grammars.teach(vocabulary)
-                case StatsRequest(ticket):
-                    self.outbox.send([StatsReply(ticket, self.stats())])
+                case StatsRequest(ticket, scope):
+                    self.outbox.send([StatsReply(ticket, self.stats(), look(self.scheduler) if scope else None)])
                 case Shutdown():
                     self._shut_down()
                     return

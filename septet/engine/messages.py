@@ -20,6 +20,10 @@ __all__ = [
     "EngineInfo",
     "EngineStats",
     "Fatal",
+    "ScopeBranch",
+    "ScopePool",
+    "ScopeRow",
+    "ScopeView",
     "Shutdown",
     "StatsReply",
     "StatsRequest",
@@ -52,6 +56,7 @@ class Abort:
 @dataclass(frozen=True, slots=True)
 class StatsRequest:
     ticket: int
+    scope: bool = False  # with a `ScopeView`: somebody watches
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,7 @@ class Update(Struct, frozen=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # an eos or stop id; it is included in `tokens`
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache (on the first update)
+    pooled: bytes = b""  # with the last update of a request with `pooling`: (D,) float32, little-endian
     error: str | None = None  # with finish_reason ERROR
     error_kind: str = "internal_error"
 
@@ -132,10 +138,54 @@ class EngineStats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
+class ScopeRow(Struct, frozen=True):
+    """One request of the batch, or one that waits. All counts in tokens."""
+
+    state: str  # "prefill" | "decode" | "waiting"
+    row: int  # of the executor; -1 while it waits
+    prompt: int
+    cached: int  # of the prompt, found in the prefix cache
+    computed: int  # whose KV is there
+    length: int  # that exist, prompt and output
+    limit: int  # at which it ends
+    priority: int
+
+
+class ScopePool(Struct, frozen=True):
+    """The KV pool in cells of `cell_slots` slots: about how many of each are free, leased, leased more than once."""
+
+    cell_slots: int
+    free: list[int]
+    leased: list[int]
+    shared: list[int]
+
+
+class ScopeBranch(Struct, frozen=True):
+    """One edge near the top of the radix tree. `parent`: an index into the list, -1 below a root."""
+
+    parent: int
+    tokens: int
+    locks: int  # running requests that hold it
+    hits: int  # requests that found it computed
+    children: int
+    head: tuple[int, ...]  # first token ids; the engine knows no text
+
+
+class ScopeView(Struct, frozen=True):
+    """What runs, as of one moment between two steps. Bounded whatever the engine holds; see `engine/scope.py`."""
+
+    rows: list[ScopeRow]
+    more_rows: int  # requests beyond those told
+    pool: ScopePool
+    tree: list[ScopeBranch]
+    took_s: float  # to make this
+
+
 @dataclass(frozen=True, slots=True)
 class StatsReply:
     ticket: int
     stats: EngineStats
+    scope: ScopeView | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Node:
     used: int = 0  # tick of the last unlock on this path
     children: dict[int, Node] = field(default_factory=dict)  # by the first token of the child's run
     salt: str = ""  # of a root: its key
+    hits: int = 0  # leases that were opened on a path through this edge
 
 
 def common_length(a: array[int], b: array[int], at: int = 0) -> int:
@@ -117,6 +118,7 @@ class RadixTree:
             if step.locks == 0:
                 self.n_locked += len(step.slots)
             step.locks += 1
+            step.hits += above is None
             step = step.parent
 
     def unlock(self, node: Node) -> None:
@@ -194,7 +196,7 @@ class RadixTree:
     def _split(self, node: Node, at: int) -> Node:
         """Put a new node above `node` that holds the first `at` tokens of its run: parent -> upper -> node."""
         assert node.parent is not None
-        upper = Node(node.parent, node.tokens[:at], node.slots[:at], node.locks, node.used)
+        upper = Node(node.parent, node.tokens[:at], node.slots[:at], node.locks, node.used, hits=node.hits)
         node.parent.children[upper.tokens[0]] = upper
         del node.tokens[:at], node.slots[:at]
         node.parent = upper
