@@ -21,21 +21,30 @@ if TYPE_CHECKING:
 
     from septet.hub.watch import Progress
 
-__all__ = ["LocalModel", "pull", "resolve"]
+__all__ = ["LocalModel", "canonical", "pull", "resolve"]
 
 MAX_PATH = 4096
 
 
-def resolve(name: str, *, home: Path | None = None, pull: bool = True, progress: Progress | None = None) -> LocalModel:
+def resolve(
+    name: str,
+    *,
+    home: Path | None = None,
+    pull: bool = True,
+    progress: Progress | None = None,
+    paths: bool = True,
+) -> LocalModel:
     """The model `name` on this machine, fetched first if it isn't here and `pull` is true.
 
-    `home` overrides SEPTET_HOME; `progress` gets (bytes done, bytes in all, what). Raises ModelNotFound, OfflineError,
-    ModelFileError (damaged, unsafe, no space).
+    `home` overrides SEPTET_HOME; `progress` gets (bytes done, bytes in all, what); `paths`: whether a name may be a
+    path (never one that came over the network). Raises ModelNotFound, OfflineError, ModelFileError (damaged, unsafe,
+    no space).
     """
-    local = _local_path(name)
+    local = _local_path(name) if paths else None
     if local:
         return local
-    store, name = Store(home), _canonical(name)
+    store = Store(home)
+    name = canonical(name, store)
     found = _in_store(store, name)
     if found:
         return found
@@ -50,13 +59,15 @@ def pull(
     home: Path | None = None,
     progress: Progress | None = None,
     waiting: Callable[[], None] | None = None,
+    paths: bool = True,
 ) -> LocalModel:
     """As `resolve`, but a model that is here already is read in full and fetched again where its bytes are damaged.
 
     `waiting` is called once if another process is pulling the same model; this one then uses its result.
     """
-    local = _local_path(name)
-    return local or _pull(Store(home), _canonical(name), progress, waiting, verify=True)
+    local = _local_path(name) if paths else None
+    store = Store(home)
+    return local or _pull(store, canonical(name, store), progress, waiting, verify=True)
 
 
 def _in_store(store: Store, name: str) -> LocalModel | None:
@@ -71,6 +82,8 @@ def _pull(
         found = _in_store(store, name)
         if found and not (verify and _is_damaged(store, name, progress)):
             return found
+        if found and found.recipe:
+            raise ModelFileError(f"the files of {name} are damaged; pull {found.recipe.parent} and create it again")
         try:
             return _fetch(store, name, progress)
         except OSError as error:
@@ -122,13 +135,13 @@ def _local_path(name: str) -> LocalModel | None:
     return None
 
 
-def _canonical(name: str) -> str:
-    """The store's name for what the user typed. ModelNotFound if it can be neither catalogue name nor repo."""
-    entry = find(name)
+def canonical(name: str, store: Store) -> str:
+    """The store's name for what the user typed, `:latest` or not. ModelNotFound if it can be no model's at all."""
+    entry = find(name) or find(name.removesuffix(":latest"))
     if entry:
         return entry.name
-    name = check_name(name.removeprefix("hf:"))
-    if "/" not in name:
+    name = check_name(name.removeprefix("hf:").removesuffix(":latest"))
+    if "/" not in name and store.get(name) is None:
         known = [entry.name for entry in CATALOG]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}; or org/name, or a path"

@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 from septet.errors import ModelFileError, ModelNotFound
 from septet.hub.facts import Facts, read_json, shown
+from septet.hub.modelfile import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class Manifest:
     license: str
     files: tuple[FileEntry, ...]
     notices: tuple[FileEntry, ...] = ()  # licence texts; kept in the same view
+    recipe: Recipe | None = None  # of a created model: what it adds to these files
 
     @property
     def n_bytes(self) -> int:
@@ -73,6 +75,7 @@ class LocalModel:
     digest: str | None = None  # sha256 of the file; of the sorted file list for a directory; None for a local path
     license: str | None = None
     notices: tuple[Path, ...] = ()
+    recipe: Recipe | None = None
 
 
 def home_directory(home: Path | None = None) -> Path:
@@ -145,6 +148,7 @@ class Store:
             digest=manifest.files[0].sha256 if single else _digest_of(manifest.files),
             license=manifest.license,
             notices=tuple(view / file.name for file in manifest.notices),
+            recipe=manifest.recipe,
         )
 
     def all(self) -> list[Manifest]:
@@ -202,16 +206,29 @@ class Store:
             yield
 
     def add(self, manifest: Manifest, sources: dict[str, Path]) -> LocalModel:
-        """Move the files in (`sources`: file name -> path on the same file system), already verified, and publish."""
+        """Move the files in (`sources`: file name -> path on the same file system), already verified, and publish.
+
+        Files without a source must be blobs already: a model of another one's files. ModelNotFound if one is not.
+        """
         with self.lock(".store"):
             for file in (*manifest.files, *manifest.notices):
-                _place(sources[file.name], self.blob(file.sha256))
+                if file.name in sources:
+                    _place(sources[file.name], self.blob(file.sha256))
+                elif not self.blob(file.sha256).is_file():
+                    raise ModelNotFound(f"the files behind {manifest.name} are gone from the store; pull them again")
             self._make_view(manifest)
             raw = json.dumps({"version": 1, **asdict(manifest)}, indent=2).encode()
             _write_atomically(self._manifest(manifest.name), raw)
         model = self.local(manifest)
         assert model is not None
         return model
+
+    def modified(self, name: str) -> float:
+        """When the model was put here, in seconds since the epoch; 0 if it is not."""
+        try:
+            return self._manifest(name).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _make_view(self, manifest: Manifest) -> None:
         view = self.view(manifest.name)
@@ -262,12 +279,14 @@ def _digest_of(files: tuple[FileEntry, ...]) -> str:
 def _parse_manifest(name: str, facts: Facts) -> Manifest:
     if facts.text("name") != name:
         raise facts.bad("name", repr(name))
+    recipe = facts.part("recipe")
     return Manifest(
         name=name,
         source=facts.text("source"),
         license=facts.text("license"),
         files=_parse_files(facts, "files"),
         notices=_parse_files(facts, "notices"),
+        recipe=parse_recipe(recipe) if recipe else None,
     )
 
 
