@@ -46,6 +46,8 @@ class ByteTokenizer:
 
 
 class PlainTemplate:
+    variables = frozenset({"thinking"})
+
     def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         unknown = set(options) - {"add_generation_prompt", "continue_final_message", "thinking"}
         if unknown:

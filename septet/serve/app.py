@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 import septet
 from septet.errors import EngineDead, InvalidRequest
+from septet.serve.anthropic import ANTHROPIC
 from septet.serve.collide import joined
 from septet.serve.dialect import Dialect
 from septet.serve.errors import ClientGone, HttpError
@@ -121,7 +122,7 @@ OPERATIONS = Dialect(
         ("GET", "/metrics", metrics),
     ),
 )
-DIALECTS = (OPERATIONS, OPENAI)
+DIALECTS = (OPERATIONS, OPENAI, ANTHROPIC)
 
 
 # -- application ------------------------------------------------------------------------------------------------------

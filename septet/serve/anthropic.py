@@ -1,0 +1,213 @@
+"""Anthropic's HTTP API: messages, their count of tokens, models (for clients that send its headers).
+
+Fields are checked by `anthropic_call.py`, answers shaped by `anthropic_shape.py`. Every answer has a `request-id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from septet.errors import InvalidRequest
+from septet.serve.anthropic_call import COUNT_SCHEMA, MESSAGES_SCHEMA, parse_count, parse_messages
+from septet.serve.anthropic_shape import Answer
+from septet.serve.body import read_object
+from septet.serve.dialect import Claim, Dialect, ErrorStyle
+from septet.serve.errors import error_body, headers_of, status_of
+from septet.serve.generation import generate
+from septet.serve.models import not_found
+from septet.serve.sse import Reply, until_gone
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from starlette.types import Receive, Scope
+
+    from septet.serve.anthropic_call import Conversation, MessagesCall
+    from septet.serve.app import Service
+    from septet.serve.dialect import Handler
+    from septet.serve.generation import Numbered
+    from septet.serve.models import ModelCard
+    from septet.session.session import Prompt, Session
+
+__all__ = ["ANTHROPIC"]
+
+PING_S = 5.0
+"""A stream that is silent for so long gets a ping; one that has not begun by then begins, whatever comes of it."""
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+def _errors(number: str) -> ErrorStyle:
+    def body(error: BaseException) -> dict[str, Any]:
+        status = status_of(error)
+        kind = _KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+        told = {"type": kind, "message": error_body(error)["error"]["message"]}
+        return {"type": "error", "error": told, "request_id": number}
+
+    async def in_stream(reply: Reply, told: Any) -> None:
+        await reply.event(told, "error")
+        await reply.end()
+
+    def headers(error: BaseException) -> dict[str, str]:
+        return headers_of(error) | {"request-id": number}
+
+    return ErrorStyle(body, in_stream, headers=headers)
+
+
+def _numbered(handler: Handler) -> Handler:
+    """The handler with the request's number in its headers and errors; the number is ours, never a client's."""
+
+    async def handle(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+        number = f"req_{secrets.token_hex(12)}"
+        reply.errors = _errors(number)
+        reply.stream_headers["request-id"] = number
+        await handler(service, scope, receive, reply)
+
+    return handle
+
+
+async def _json(reply: Reply, body: Any) -> None:
+    await reply.json(body, headers={"request-id": reply.stream_headers["request-id"]})
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+async def messages(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+    call = parse_messages(await _body(service, scope, receive))
+    await until_gone(receive, _answer(service, call, reply))
+
+
+async def count_tokens(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+    call = parse_count(await _body(service, scope, receive))
+    async with service.models.use(call.model) as session:
+        prompt = await _prompt(session, call)
+    await _json(reply, {"input_tokens": len(prompt.tokens)})
+
+
+async def _body(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:
+    settings = service.settings
+    return await read_object(scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+
+
+async def _prompt(session: Session, call: Conversation) -> Prompt:
+    tools = call.tools.tools if call.tools.mode != "none" else ()
+    known = session.template.variables if session.template is not None else frozenset[str]()
+    return await session.chat_prompt(call.messages, tools=tools, **call.template_options(known))
+
+
+async def _answer(service: Service, call: MessagesCall, reply: Reply) -> None:
+    async with service.models.use(call.model) as session:
+        prompt = await _prompt(session, call)
+        answer = Answer(call, secrets.token_hex(12), prompt, session.limits.max_model_len)
+        async with aclosing(generate(service, session, [prompt], call.params, reading=call.reading)) as events:
+            try:
+                await (_stream if call.stream else _whole)(events, answer, reply)
+            except InvalidRequest as error:
+                raise _in_our_words(error) from None
+
+
+def _in_our_words(error: InvalidRequest) -> InvalidRequest:
+    if error.param != "thinking_token_budget":
+        return error
+    message = error.message.replace("thinking_token_budget", "thinking.budget_tokens")
+    return InvalidRequest(message, param="thinking")
+
+
+async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
+    async for _, event in events:
+        for _ in answer.feed(event):
+            pass
+    await _json(reply, answer.whole())
+
+
+async def _stream(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
+    async with aclosing(_with_pauses(events)) as paced:
+        async for item in paced:
+            if not reply.streaming:
+                await reply.event(answer.start(), "message_start")
+                await reply.event({"type": "ping"}, "ping")
+            elif item is None:
+                await reply.event({"type": "ping"}, "ping")
+            if item is not None:
+                for told in answer.feed(item[1]):
+                    await reply.event(told, told["type"])
+    await reply.end()
+
+
+async def _with_pauses(events: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered | None, None]:
+    """The events, and None whenever none came for `PING_S`."""
+    following: asyncio.Future[Numbered] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait((following,), timeout=PING_S)
+            if not done:
+                yield None
+                continue
+            task, following = following, None
+            try:
+                item = task.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+async def models(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+    cards = [_card(card) for card in service.models.cards()]
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    limit = query.get("limit", ["20"])[-1]
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= 1000):
+        raise InvalidRequest("limit must be 1 to 1000", param="limit")
+    names = [card["id"] for card in cards]
+    after, before = query.get("after_id", [""])[-1], query.get("before_id", [""])[-1]
+    first = names.index(after) + 1 if after in names else 0
+    last = names.index(before) if before in names else len(names)
+    page = cards[first:last][: int(limit)] if not before else cards[max(first, last - int(limit)) : last]
+    more = (first > 0 and page != cards[:last]) if before else len(cards[first:last]) > len(page)
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    await _json(reply, {"data": page, "has_more": more, **ends})
+
+
+async def model(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
+    name = scope["path_params"]["model"]
+    card = next((card for card in service.models.cards() if card.name == name), None)
+    if card is None:
+        raise not_found(name, service.names)
+    await _json(reply, _card(card))
+
+
+def _card(card: ModelCard) -> dict[str, Any]:
+    created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    shown = {"type": "model", "id": card.name, "display_name": card.name, "created_at": created}
+    return shown | {"lifecycle": "active", "max_input_tokens": card.max_model_len, "max_tokens": card.max_model_len}
+
+
+_CLIENT = Claim("Anthropic", headers=("anthropic-version", "x-api-key"))
+ANTHROPIC = Dialect(
+    "anthropic",
+    (
+        ("POST", "/v1/messages", _numbered(messages)),
+        ("POST", "/v1/messages/count_tokens", _numbered(count_tokens)),
+        ("GET", "/v1/models", _numbered(models)),
+        ("GET", "/v1/models/{model:path}", _numbered(model)),
+    ),
+    claims={"/v1/models": _CLIENT, "/v1/models/{model:path}": _CLIENT},
+    schemas={"/v1/messages": MESSAGES_SCHEMA, "/v1/messages/count_tokens": COUNT_SCHEMA},
+)
