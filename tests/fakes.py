@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from septet.engine.messages import EngineInfo, EngineStats, Update
+from septet.engine.messages import (
+    EngineInfo,
+    EngineStats,
+    ScopeBranch,
+    ScopePool,
+    ScopeRow,
+    ScopeView,
+    StatsReply,
+    Update,
+)
 from septet.errors import EngineDead, InvalidRequest
 from septet.request import FinishReason
 from septet.session.session import Limits, Session
@@ -14,6 +23,7 @@ from septet.step import Logprobs
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
+    from septet.engine.pulse import Pulse
     from septet.request import Request
 
 EOS = 256
@@ -70,6 +80,7 @@ class FakeClient:
         self.failure: Update | None = None  # sent in place of the third token
         self.pause: Callable[[], Any] = lambda: asyncio.sleep(0)
         self.chunk = 1  # tokens per update
+        self.beat: Pulse | None = None
         self._reply = reply if callable(reply) else lambda request: reply
         self._eos = eos
 
@@ -129,6 +140,22 @@ class FakeClient:
             failed_steps=3,
             audit_failures=1,
         )
+
+    async def scope(self) -> StatsReply:
+        view = ScopeView(
+            rows=[ScopeRow("decode", 0, 5, 3, 8, 9, 20, 0), ScopeRow("waiting", -1, 7, 0, 0, 7, 9, 0)],
+            more_rows=0,
+            pool=ScopePool(50, [25, 50], [25, 0], [10, 0]),
+            tree=[ScopeBranch(-1, 3, 1, 4, 0, tuple(b"<b>"))],
+            took_s=0.0001,
+        )
+        return StatsReply(0, await self.stats(), view)
+
+    def pulse(self) -> Pulse | None:
+        return self.beat
+
+    def kill(self, reason: str) -> None:
+        self.dead = True
 
     async def close(self) -> None:
         self.dead = True

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from septet.engine.executor import Executor
     from septet.engine.grammars import Grammars
     from septet.engine.process import EngineProcess
+    from septet.engine.pulse import Pulse
     from septet.engine.scheduler import Scheduler
     from septet.engine.wire import Message
     from septet.grammar.vocabulary import Vocabulary
@@ -84,6 +85,14 @@ class EngineClient(Protocol):
 
     async def scope(self) -> StatsReply:
         """The figures and a bounded look at what runs, made between two steps: for a page that somebody watches."""
+        ...
+
+    def pulse(self) -> Pulse | None:
+        """Does it move? Read from shared memory: costs the engine nothing. None: it lives in this process."""
+        ...
+
+    def kill(self, reason: str) -> None:
+        """End an engine that does not move: everybody who waits hears `reason` as EngineDead."""
         ...
 
     async def close(self) -> None:
@@ -207,6 +216,12 @@ class _Client:
         finally:
             del self._tickets[ticket]
 
+    def pulse(self) -> Pulse | None:
+        return None
+
+    def kill(self, reason: str) -> None:
+        """See `EngineClient.kill`; a thread can't be killed."""
+
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineDead(self._death)
@@ -290,6 +305,14 @@ class ProcessClient(_Client):
             raise
         return client
 
+    def pulse(self) -> Pulse | None:
+        return None if self.dead else self._process.pulse.read()
+
+    def kill(self, reason: str) -> None:
+        if not self.dead and not self._closing:
+            self._fatal = Fatal(reason, EngineDead.kind)
+            self._process.popen.kill()  # the end of the stream follows, and with it the burial
+
     async def close(self) -> None:
         self._closing = True
         try:
@@ -317,6 +340,7 @@ class ProcessClient(_Client):
             self._bury("the engine was closed")
         await asyncio.to_thread(self._process.popen.wait)
         self._process.sock.close()
+        self._process.pulse.close()
 
     def _post(self, message: Message) -> None:
         try:

@@ -27,6 +27,7 @@ import septet
 from septet.config import EngineConfig
 from septet.engine.loop import EngineLoop
 from septet.engine.messages import EngineInfo, Fatal, Shutdown
+from septet.engine.pulse import SharedPulse
 from septet.engine.wire import BlockingEnd, Disconnected, WireError
 from septet.errors import InvalidRequest, SeptetError
 from septet.machine import thread_env, usable_cpus
@@ -52,6 +53,7 @@ class EngineProcess:
 
     popen: subprocess.Popen[bytes]
     sock: socket.socket
+    pulse: SharedPulse
 
     @classmethod
     def spawn(cls) -> EngineProcess:
@@ -60,21 +62,24 @@ class EngineProcess:
         A process group of its own, so that the terminal's Ctrl-C reaches the parent alone, which decides.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        pulse = SharedPulse.create()
+        fds = [theirs.fileno(), pulse.fd]
         try:
             popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "septet.engine", "--fd", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "septet.engine", "--fd", str(fds[0]), "--pulse", str(fds[1])],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout belongs to the parent's answers
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 env=_child_env(dict(os.environ)),
                 process_group=0,
             )
         except BaseException:
             ours.close()
+            pulse.close()
             raise
         finally:
             theirs.close()
-        return cls(popen, ours)
+        return cls(popen, ours, pulse)
 
     def exit_reason(self) -> str | None:
         """How the process ended, for people; None while it runs."""
@@ -174,8 +179,9 @@ def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     return executor, info
 
 
-def serve(fd: int) -> int:
+def serve(fd: int, pulse: SharedPulse | None = None) -> int:
     """The engine process: configuration in, engine info out, then turns until the client leaves. The exit code."""
+    loading = pulse.beat() if pulse is not None else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     sock = socket.socket(fileno=fd)
     end = BlockingEnd(sock)
@@ -193,7 +199,11 @@ def serve(fd: int) -> int:
     gc.collect()
     if engine.grammars is not None:
         engine.grammars.notify = end.post
-    return EngineLoop(engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True).run()
+    loop = EngineLoop(engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True)
+    if pulse is not None and loading is not None:
+        loading.set()
+        pulse.beat(loop)
+    return loop.run()
 
 
 def _first_frame(end: BlockingEnd) -> EngineConfig:

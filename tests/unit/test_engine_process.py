@@ -302,7 +302,7 @@ def test_the_child_finds_this_package_from_any_directory(tmp_path):
 
 def test_exit_reasons():
     popen = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    ours = EngineProcess(popen, None)
+    ours = EngineProcess(popen, None, None)
     assert ours.exit_reason() is None
     popen.terminate()
     popen.wait()
