@@ -4,20 +4,26 @@ Owned by the runner. Only the sampler waits for masks: step N + 1's forward pass
 step N are read (they are there, or about to be), taken by the matchers and turned into masks on host threads while the
 device computes. A matcher is a function of the row's output tokens: a join (preemption included) makes it anew from
 them. Rows without a grammar cost nothing. Knows no scheduling and no grammar's text.
+
+Forced tokens: where the grammar allows one continuation, the matcher goes ahead of the samples by the whole of it
+(`RowMatcher.ahead`); the scheduler is told and computes it as one chunk. What is sampled meanwhile at these positions,
+in steps that were planned before, can be nothing else: its mask has one bit.
+
+    sampled and taken              ahead: forced, to be told       | the next that the grammar leaves open
+    ................ position ->   ............................... at
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from septet.engine.staging import on_device
 from septet.errors import InvalidRequest, SeptetError
-from septet.grammar.masks import Masks, mask_words
+from septet.grammar.masks import Masks, mask_words, single_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,17 +36,30 @@ if TYPE_CHECKING:
     from septet.engine.sampler import Pick
     from septet.step import Join
 
-__all__ = ["Answer", "Constraints", "TokenMasks"]
+__all__ = ["Answer", "Constraints", "TokenMasks", "Verdict"]
 
 RING = 2  # buffers in turn: masks of step N + 1 follow the tokens of step N, before which its own copy has ended
+MAX_FORCED = 512  # tokens that a matcher goes ahead at once: what follows is found at its end
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """For the constrained ones of a step's picks, on the device."""
+    """For the constrained ones of a step's picks, as `Ops.apply_mask` reads them."""
 
-    words: Tensor  # (C, words of the vocabulary) int32, as `Ops.apply_mask` reads them
-    picks: Tensor  # (C,) int64, ascending: which rows of the logits
+    words: Tensor  # (C, words of the vocabulary) int32; on the host (pinned) until `on`
+    line: Tensor  # (S,) int64: which of them a pick follows, -1 = none
+
+    def on(self, device: torch.device) -> TokenMasks:
+        return TokenMasks(self.words.to(device, non_blocking=True), self.line.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a grammar says of one sampled token."""
+
+    forced: tuple[int, ...] = ()  # the tokens that must follow it
+    ended: bool = False  # nothing may follow these
+    error: SeptetError | None = None
 
 
 @dataclass(slots=True)
@@ -49,20 +68,45 @@ class RowMatcher:
 
     row: int
     matcher: LLMatcher
+    at: int  # position of the next token that the matcher would take
+    tells: bool  # forced tokens are told ahead; else they are sampled one by one, all the same
+    ahead: dict[int, int] = field(default_factory=dict)  # forced tokens by position, below `at`
+    told: int = 0  # forced tokens below this position were told
     ended: bool = False
     error: SeptetError | None = None
 
-    @property
-    def over(self) -> bool:
-        return self.ended or self.error is not None
+    def over(self, position: int) -> bool:
+        """Whether a token there means nothing to the grammar."""
+        return self.error is not None or (self.ended and position >= self.at)
+
+    def force(self) -> None:
+        """Go ahead over what the grammar leaves no choice about."""
+        tokens = self.matcher.compute_ff_tokens()[:MAX_FORCED]
+        if not tokens:
+            return
+        if not self.matcher.consume_tokens(tokens):
+            self.error = _why(self.matcher)
+            return
+        self.ahead = dict(enumerate(tokens, self.at))  # those before are sampled or told: `at` was the next position
+        self.at += len(tokens)
+        self.ended = self.matcher.is_stopped()
+
+    def verdict(self, position: int) -> Verdict:
+        """Of the token at `position`, which the matcher has taken."""
+        if self.error is not None:
+            return Verdict(error=self.error)
+        first = max(position + 1, self.told)
+        forced = tuple(self.ahead[p] for p in range(first, self.at)) if self.tells else ()
+        self.told = max(self.told, first + len(forced))
+        return Verdict(forced, self.ended and self.told >= self.at and position < self.at)
 
 
 class Answer:
     """What the grammars say of one step's tokens. `read` waits for the tokens; steps are read in order."""
 
-    def __init__(self, owner: Constraints, rows: list[tuple[int, RowMatcher]], tokens: HostCopy) -> None:
+    def __init__(self, owner: Constraints, rows: list[tuple[int, int, RowMatcher]], tokens: HostCopy) -> None:
         self._owner = owner
-        self._rows = rows
+        self._rows = rows  # (number of the pick, position, matcher)
         self._tokens: HostCopy | None = tokens
 
     def read(self) -> None:
@@ -70,14 +114,11 @@ class Answer:
             return
         tokens = self._tokens.numpy()
         self._tokens = None
-        self._owner.accept([(row, int(tokens[i])) for i, row in self._rows])
+        self._owner.accept([(row, position, int(tokens[i])) for i, position, row in self._rows])
 
-    def ended(self) -> set[int]:
-        """Picks (by number) whose grammar their token has completed."""
-        return {i for i, row in self._rows if row.ended}
-
-    def errors(self) -> dict[int, SeptetError]:
-        return {i: row.error for i, row in self._rows if row.error is not None}
+    def verdicts(self) -> dict[int, Verdict]:
+        """By the number of the pick; once."""
+        return {i: row.verdict(position) for i, position, row in self._rows}
 
 
 class Constraints:
@@ -88,7 +129,7 @@ class Constraints:
         self._rows: dict[int, RowMatcher] = {}
         self._unread: deque[Answer] = deque()
         self._masks: Masks | None = None
-        self._ring: list[Tensor] = []
+        self._ring: list[tuple[Tensor, Tensor]] = []
         self._turn = 0
 
     def join(self, joins: Sequence[Join]) -> None:
@@ -96,10 +137,12 @@ class Constraints:
         for join in joins:
             self._rows.pop(join.row, None)
             if join.params.structured is not None:
-                row = self._rows[join.row] = RowMatcher(join.row, self.grammars.matcher(join.request))
+                matcher = self.grammars.matcher(join.request)
+                row = RowMatcher(join.row, matcher, len(join.tokens), tells=join.params.logprobs is None)
+                self._rows[join.row] = row
                 output = list(join.tokens[join.n_prompt :])
-                if output and not row.matcher.consume_tokens(output):
-                    row.error = _why(row.matcher)
+                if output and not matcher.consume_tokens(output):
+                    row.error = _why(matcher)
 
     def masks(self, picks: Sequence[Pick]) -> TokenMasks | None:
         """Masks of the tokens that these picks will sample, once all sampled before are known; None: no need."""
@@ -107,59 +150,81 @@ class Constraints:
             return None
         while self._unread:
             self._unread.popleft().read()
-        wanted = [(i, self._rows[pick.row]) for i, pick in enumerate(picks) if pick.row in self._rows]
-        wanted = [(i, row) for i, row in wanted if not row.over]
+        found = [(i, pick, self._rows.get(pick.row)) for i, pick in enumerate(picks)]
+        wanted = [(i, pick, row) for i, pick, row in found if row is not None and not row.over(pick.position)]
         if not wanted:
             return None
-        words = self._filled([row for _, row in wanted])
-        for line, (i, row) in zip(words.numpy(), wanted, strict=True):
-            _settle(line, picks[i], row)
-        at = on_device([i for i, _ in wanted], torch.int64, self.device)
-        return TokenMasks(words.to(self.device, non_blocking=True), at)
+        wanted.sort(key=lambda one: one[1].position < one[2].at)  # open positions first: they are filled at once
+        masks = self._buffers(len(wanted), len(picks))
+        words, line = masks[0].numpy(), masks[1].numpy()
+        line[[i for i, _, _ in wanted]] = np.arange(len(wanted))
+        filled = [(pick, row) for _, pick, row in wanted if pick.position == row.at]
+        self._fill(words, filled)
+        for c, (_, pick, row) in enumerate(wanted[len(filled) :], len(filled)):
+            words[c] = 0
+            token = row.ahead[pick.position]
+            words[c].view(np.uint32)[token >> 5] = 1 << (token & 31)
+        return TokenMasks(*masks)
+
+    def _fill(self, words: np.ndarray, rows: list[tuple[Pick, RowMatcher]]) -> None:
+        """Masks of open positions. One that turns out to be forced takes its matcher ahead."""
+        self._library.fill([row.matcher for _, row in rows], words)
+        single = single_bits(words[: len(rows)])
+        for line, alone, (pick, row) in zip(words, single, rows, strict=False):
+            if row.matcher.is_error():
+                row.error = _why(row.matcher)
+                line.fill(-1)
+            elif alone:
+                row.force()
+            else:
+                _hold_back(line, pick)
 
     def follow(self, picks: Sequence[Pick], tokens: HostCopy) -> Answer | None:
         """The tokens of these picks are on their way: they will be taken before the next masks are made."""
-        rows = [(i, self._rows[pick.row]) for i, pick in enumerate(picks) if pick.row in self._rows]
+        rows = [(i, pick.position, self._rows[pick.row]) for i, pick in enumerate(picks) if pick.row in self._rows]
         if not rows:
             return None
         answer = Answer(self, rows, tokens)
         self._unread.append(answer)
         return answer
 
-    def accept(self, pairs: list[tuple[RowMatcher, int]]) -> None:
-        """A token for each row. Negative: the row failed; over: it was sampled past the end."""
-        live = [(row, token) for row, token in pairs if not row.over]
-        for row, token in live:
+    def accept(self, sampled: list[tuple[RowMatcher, int, int]]) -> None:
+        """(row, position, token) of each sample. A negative token: the row failed."""
+        live = [(row, position, token) for row, position, token in sampled if not row.over(position)]
+        for row, _, token in live:
             if token < 0:
                 row.error = SeptetError("the model produced NaN logits for this request")
-        live = [(row, token) for row, token in live if token >= 0]
-        if not live:
-            return
-        taken = self._library.accept([row.matcher for row, _ in live], [token for _, token in live])
-        for (row, _), ok in zip(live, taken, strict=True):
+        taking = [(row, token) for row, position, token in live if token >= 0 and position == row.at]
+        taken = self._library.accept([row.matcher for row, _ in taking], [token for _, token in taking])
+        for (row, _), ok in zip(taking, taken, strict=True):
+            row.at += 1
             if not ok:
                 row.error = _why(row.matcher)
             else:
                 row.ended = row.matcher.is_stopped()
-            if row.over and self._rows.get(row.row) is row:
+        for row, position, token in live:
+            if row.error is None and row.ahead.get(position, token) != token:
+                row.error = SeptetError("a forced token was not sampled")
+            if row.over(position + 1) and self._rows.get(row.row) is row:
                 del self._rows[row.row]
 
-    def _filled(self, rows: list[RowMatcher]) -> Tensor:
-        buffer = self._buffer(len(rows))
-        self._library.fill([row.matcher for row in rows], buffer.numpy())
-        return buffer
-
-    def _buffer(self, n: int) -> Tensor:
-        """(n, words) int32 on the host; where a device copies out of it: pinned, and of a ring."""
+    def _buffers(self, n_masks: int, n_picks: int) -> tuple[Tensor, Tensor]:
+        """(n_masks, words) int32 and (n_picks,) int64 of -1; where a device copies out of them: pinned, of a ring."""
         pinned = self.device.type == "cuda"
-        if not self._ring or len(self._ring[0]) < n:
-            size = max(8, 1 << (n - 1).bit_length())
-            shape = (size, mask_words(self.vocab_size))
+        if not self._ring or len(self._ring[0][1]) < n_picks:
+            size = max(8, 1 << (n_picks - 1).bit_length())
+            width = mask_words(self.vocab_size)
             self._ring = [
-                torch.empty(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(RING if pinned else 1)
+                (
+                    torch.empty(size, width, dtype=torch.int32, pin_memory=pinned),
+                    torch.empty(size, dtype=torch.int64, pin_memory=pinned),
+                )
+                for _ in range(RING if pinned else 1)
             ]
         self._turn = (self._turn + 1) % len(self._ring)
-        return self._ring[self._turn][:n]
+        words, line = self._ring[self._turn]
+        line.numpy()[:n_picks] = -1
+        return words[:n_masks], line[:n_picks]
 
     @property
     def _library(self) -> Masks:
@@ -168,12 +233,8 @@ class Constraints:
         return self._masks
 
 
-def _settle(line: np.ndarray, pick: Pick, row: RowMatcher) -> None:
-    """min_tokens where the grammar has a choice; a grammar that can only end, or has failed, is not held back."""
-    if row.matcher.is_error():
-        row.error = _why(row.matcher)
-        line.fill(-1)
-        return
+def _hold_back(line: np.ndarray, pick: Pick) -> None:
+    """min_tokens where the grammar has a choice; a grammar that can only end is not held back."""
     info = pick.info
     if pick.position - info.n_prompt >= info.params.min_tokens:
         return

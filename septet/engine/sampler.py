@@ -72,7 +72,8 @@ def sample(
         if _edits(pick):
             _adjust(adjusted[i], pick, rows)
     if masks is not None:
-        adjusted = ops.apply_mask(adjusted, masks.words, masks.picks)
+        on = masks.on(logits.device)
+        adjusted = ops.apply_mask(adjusted, on.words, on.line)
     temperature = rows.temperature[row]
     if any(p.info.filters for p in picks):
         adjusted = _filter(ops, adjusted, picks, rows, row, temperature)

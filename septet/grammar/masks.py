@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     import numpy as np
     from llguidance import LLMatcher
 
-__all__ = ["Masks", "mask_words"]
+__all__ = ["Masks", "mask_words", "single_bits"]
 
-MAX_THREADS = 8
+MAX_THREADS = 16
 POOL_FROM = 8  # rows
 
 
 def mask_words(vocab_size: int) -> int:
     return (vocab_size + 31) // 32
+
+
+def single_bits(words: np.ndarray) -> list[bool]:
+    """words (n, W) int32: whether each row has exactly one bit set."""
+    bits = words.view("uint32")
+    one_word = ((bits != 0).sum(1) == 1).tolist()
+    return [one and (top := int(row.max())) & (top - 1) == 0 for one, row in zip(one_word, bits, strict=True)]
 
 
 class Masks:
@@ -35,7 +42,8 @@ class Masks:
     def __init__(self, threads: int | None = None) -> None:
         from llguidance import LLExecutor
 
-        threads = min(MAX_THREADS, usable_cpus() // 2) if threads is None else threads
+        cpus = usable_cpus()
+        threads = min(MAX_THREADS, cpus if cpus < 4 else cpus - 2) if threads is None else threads
         self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:

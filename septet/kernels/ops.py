@@ -57,6 +57,11 @@ class Ops:
     block_kinds: frozenset[str] = frozenset()
     """GGUF block types that `block_linear` multiplies without inflating the weight (others are made dense at load)."""
 
+    def value(self, x: Tensor) -> Tensor:
+        """The tensor of an op's result. An implementation may hand out results that it has not computed yet, for its
+        own ops to fuse; what leaves the ops' hands (hidden states, logits) must pass through here."""
+        return x
+
     # -- weights ------------------------------------------------------------------------------------------------------
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (T, K), weight (N, K) -> (T, N) = x @ weight.T + bias."""
@@ -137,9 +142,10 @@ class Ops:
         """logits (S, V) -> (S,) int64; the lowest index on ties. A row with a NaN gives -1."""
         raise NotImplementedError
 
-    def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        """logits (S, V) float32, -inf where a mask forbids the token: token v of row rows[c] is allowed by bit v % 32
-        of mask[c, v // 32]. mask (C, at least V / 32) int32; rows (C,) int64, ascending and distinct; others stay."""
+    def apply_mask(self, logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
+        """logits (S, V) -> (S, V) float32, -inf where a mask forbids the token: row s follows line[s] of `mask`, or
+        none where that is negative; bit v % 32 of mask[line[s], v // 32] allows token v. mask (C, at least V / 32)
+        int32; line (S,) int64."""
         raise NotImplementedError
 
     def filter_logits(

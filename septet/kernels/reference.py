@@ -139,12 +139,13 @@ class ReferenceOps(Ops):
         bad = torch.isnan(logits).any(-1)
         return torch.where(bad, -1, logits.argmax(-1))
 
-    def apply_mask(self, logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    def apply_mask(self, logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
         if not logits.is_cuda:
-            return _masked_on_host(logits, mask, rows)
-        bits = (mask[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
-        forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
-        return logits.index_copy(0, rows, logits[rows].masked_fill_(forbidden, float("-inf")))
+            return _masked_on_host(logits, mask, line)
+        words = mask[line.clamp(min=0)]
+        bits = (words[:, :, None] >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
+        forbidden = (bits.flatten(1)[:, : logits.shape[1]] == 0) & (line >= 0)[:, None]
+        return logits.float().masked_fill(forbidden, float("-inf"))
 
     def filter_logits(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int
@@ -167,12 +168,14 @@ class ReferenceOps(Ops):
         return self.argmax(noisy)
 
 
-def _masked_on_host(logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+def _masked_on_host(logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
     """`apply_mask` without torch's threads: starting a team of them would cost more than the work."""
-    out = logits.numpy().copy()
-    for row, line in zip(rows.tolist(), ~mask.contiguous().numpy(), strict=True):
-        forbidden = np.unpackbits(line.view(np.uint8), count=out.shape[1], bitorder="little").view(np.bool_)
-        np.copyto(out[row], -np.inf, where=forbidden)
+    out = logits.float().numpy().copy()
+    forbidden = ~mask.contiguous().numpy()
+    for row, at in zip(out, line.tolist(), strict=True):
+        if at >= 0:
+            bits = np.unpackbits(forbidden[at].view(np.uint8), count=len(row), bitorder="little").view(np.bool_)
+            np.copyto(row, -np.inf, where=bits)
     return torch.from_numpy(out)
 
 

@@ -1,4 +1,4 @@
-"""Grammar masks over logits: one program per constrained row and block of tokens. Called by `TritonOps`."""
+"""Grammar masks over logits: one program per row and block of tokens, one pass. Called by `TritonOps`."""
 # mypy: allow-untyped-defs
 # (a kernel's parameters are device pointers and scalars, typed by the launch)
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
@@ -18,23 +19,28 @@ BLOCK = 4096
 
 
 @triton.jit
-def _apply_mask_kernel(logits_ptr, mask_ptr, rows_ptr, V, W, BLOCK: tl.constexpr):
-    """Grid (C, blocks of V). logits (S, V) in place; mask (C, W) int32; rows (C,) int64. Stores only what is forbidden.
-
-    Each word is loaded by 32 neighbouring lanes: one transaction, so no shuffle is worth its code.
+def _apply_mask_kernel(logits_ptr, mask_ptr, line_ptr, out_ptr, V, W, stride, BLOCK: tl.constexpr):
+    """Grid (S, blocks of V). logits (S, V), rows `stride` apart; mask (C, W) int32; line (S,) int64; out (S, V)
+    float32. A row without a mask loads no word. Each word is loaded by 32 neighbouring lanes: one transaction, so no
+    shuffle is worth its code.
     """
-    c = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + c)
+    row = tl.program_id(0).to(tl.int64)
+    line = tl.load(line_ptr + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.load(mask_ptr + c * W + at // 32, mask=at < V, other=-1)
-    forbidden = ((word >> (at % 32)) & 1) == 0
-    tl.store(logits_ptr + row * V + at, float("-inf"), mask=forbidden & (at < V))
+    inside = at < V
+    x = tl.load(logits_ptr + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    word = tl.load(mask_ptr + line * W + at // 32, mask=inside & (line >= 0), other=-1)
+    x = tl.where(((word >> (at % 32)) & 1) == 0, float("-inf"), x)
+    tl.store(out_ptr + row * V + at, x, mask=inside)
 
 
-def apply_mask(logits: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-    """See `Ops.apply_mask`. logits (S, V) contiguous."""
-    out = logits.clone()
-    if len(rows):
-        grid = (len(rows), triton.cdiv(logits.shape[1], BLOCK))
-        _apply_mask_kernel[grid](out, mask, rows, logits.shape[1], mask.shape[1], BLOCK=BLOCK, num_warps=4)
+def apply_mask(logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
+    """See `Ops.apply_mask`. Rows of logits (S, V) and of mask are contiguous."""
+    n_rows, vocab = logits.shape
+    out = torch.empty(n_rows, vocab, dtype=torch.float32, device=logits.device)
+    if n_rows:
+        grid = (n_rows, triton.cdiv(vocab, BLOCK))
+        _apply_mask_kernel[grid](
+            logits, mask, line, out, vocab, mask.stride(0), logits.stride(0), BLOCK=BLOCK, num_warps=4
+        )
     return out
