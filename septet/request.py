@@ -21,6 +21,7 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+POOLINGS = ("", "mean", "last")
 GREEDY_BELOW = 1e-5  # temperature, as vLLM's: dividing logits by less overflows float32 long before it changes a draw
 
 
@@ -154,6 +155,7 @@ class Request:
     priority: int = 0  # lower runs first, as vLLM's
     arrival: float = 0.0  # seconds, monotonic; ties in priority go to the earlier
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    pooling: str = ""  # "mean" or "last": the prompt's pooled hidden states are wanted, and one token that nobody reads
 
     def __post_init__(self) -> None:
         """What the engine's decoder would not take must fail here: over there it looks like a broken connection."""
@@ -162,3 +164,5 @@ class Request:
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not isinstance(self.cache_salt, str):
             raise _refuse("cache_salt", self.cache_salt, "a string")
+        if self.pooling not in POOLINGS:
+            raise _refuse("pooling", self.pooling, '"mean" or "last"')

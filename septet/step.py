@@ -8,6 +8,7 @@ Owned by the base room, encoded by msgpack, loggable, replayable. Invariants:
   `Join` sets it, `PlanRow.slots` extends it. A sampled token is written by the executor itself at
   `tokens[row, start + n]`, so the next plan may compute it before the host has seen it.
 * Plans are applied strictly in order. A row's slots may be reused as soon as a later plan hands them out.
+* Rows with `pooling` compute their whole prompt, from position 0 on, in one or more steps.
 * Slot 0 is never given to a request: padded rows of captured steps write there. Row numbers are 0 .. max_num_seqs - 1.
 """
 
@@ -47,6 +48,7 @@ class PlanRow:
     slots: tuple[int, ...]  # (n,) KV slot of each computed position
     n_sample: int = 0  # sample after each of the last n_sample positions (0 = inside a prompt, 1 = next token)
     prompt_logprobs: bool = False  # also return the log-probabilities of positions start + 1 .. start + n
+    pooling: str = ""  # "mean" or "last": with the row that samples, return the prompt's pooled hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class RowResult:
     error: str | None = None
     error_kind: str = "internal_error"
     ended: bool = False  # the last token completes the request's grammar: nothing may follow
+    pooled: bytes = b""  # (D,) float32, little-endian: the pooled final hidden states of the prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from its slots. It knows plans and results alone: no scheduler, no cache, no tor
 
 from __future__ import annotations
 
+import struct
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenPlan", "EchoExecutor", "next_token"]
 
+POOL_WIDTH = 8  # of a pooled prompt
 EOS_ONE_IN = 32  # of sampled tokens, where the request names an eos id
 _M64 = 2**64 - 1
 
@@ -130,12 +133,13 @@ class EchoExecutor:
             prompt = tuple(_logprob(row.tokens[p]) for p in range(planned.start + 1, stop + 1))
         if not planned.n_sample:
             return RowResult(planned.request, prompt_logprobs=prompt)
+        pooled = _pooled(row.tokens, planned.pooling) if planned.pooling else b""
         token = next_token(row.tokens, row.n_prompt, row.params, row.eos, self.vocab_size)
         row.tokens.append(token)
         if self.verify:
             row.chain.append(hash((row.chain[-1], token)))
         logprobs = () if row.params.logprobs is None else (_logprob(token),)
-        return RowResult(planned.request, (token,), logprobs, prompt)
+        return RowResult(planned.request, (token,), logprobs, prompt, pooled=pooled)
 
     # -- the rules of step.py -----------------------------------------------------------------------------------------
     def _check_plan(self, plan: StepPlan) -> None:
@@ -161,6 +165,7 @@ class EchoExecutor:
         computed = len(join.slots) if join else len(row.slots) if row else 0
         known = len(join.tokens) if join else len(row.tokens) if row else 0
         _rule(request == planned.request, f"{name}: the row belongs to it, not to {request}")
+        _rule(not planned.pooling or computed == 0 or join is None, f"{name} is pooled, but finds a cached prefix")
         _rule(planned.start == computed, f"{name} starts at {planned.start}, where {computed} positions are computed")
         _rule(0 < planned.n <= known - computed, f"{name} computes {planned.n} of {known - computed} tokens that exist")
         _rule(len(planned.slots) == planned.n, f"{name}: {len(planned.slots)} slots for {planned.n} tokens")
@@ -185,6 +190,13 @@ def _chain(tokens: list[int]) -> list[int]:
         last = hash((last, token))
         chain.append(last)
     return chain
+
+
+def _pooled(tokens: list[int], pooling: str) -> bytes:
+    """POOL_WIDTH numbers: how often a token with that remainder occurs, or which remainder the last one has."""
+    counted = tokens if pooling == "mean" else tokens[-1:]
+    counts = Counter(token % POOL_WIDTH for token in counted)
+    return struct.pack(f"<{POOL_WIDTH}f", *(counts[i] / len(counted) for i in range(POOL_WIDTH)))
 
 
 def _logprob(token: int) -> Logprobs:

@@ -31,6 +31,10 @@ class Forward(Protocol):
         """at (S,) int64: other tokens of the last step -> (S, V) logits."""
         ...
 
+    def states(self) -> Tensor:
+        """(T, D) final hidden states of the last step's tokens, normed; the next step may overwrite them."""
+        ...
+
 
 class EagerForward:
     """The model's own forward over whatever ops it was built with."""
@@ -48,6 +52,10 @@ class EagerForward:
         assert self.hidden is not None
         return self.model.logits(self.ops.take_rows(self.hidden, at))
 
+    def states(self) -> Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
 
 class TapeForward:
     """The recorded model: one native call a step."""
@@ -60,6 +68,9 @@ class TapeForward:
 
     def logits(self, at: Tensor) -> Tensor:
         return self.tape.logits(at)
+
+    def states(self) -> Tensor:
+        return self.tape.hidden()
 
 
 def record(model: Model, ops: TapeOps, kv: Sequence[LayerKV]) -> Tape:

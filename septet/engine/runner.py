@@ -6,13 +6,14 @@ launched without waiting. What the host needs travels to it asynchronously (`Ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from septet.engine.layout import lay_out, lay_out_decode
+from septet.engine.pooling import Pooling
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
 from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
@@ -84,6 +85,17 @@ class PromptPart:
 
 
 @dataclass(slots=True)
+class PooledPart:
+    """One row's pooled hidden states."""
+
+    request: str
+    values: HostCopy  # (D,) float32
+
+    def read(self) -> bytes:
+        return self.values.numpy().astype("<f4").tobytes()
+
+
+@dataclass(slots=True)
 class StepOnDevice:
     """A launched step (`executor.PendingStep`)."""
 
@@ -93,6 +105,7 @@ class StepOnDevice:
     logprobs: LogprobsCopy | None
     prompts: list[PromptPart]
     answer: Answer | None = None  # what the grammars say of the tokens
+    pools: list[PooledPart] = field(default_factory=list)
 
     def result(self) -> StepResult:
         prompts = {part.request: part.read() for part in self.prompts}
@@ -104,8 +117,12 @@ class StepOnDevice:
             k = pick.info.params.logprobs
             if k is not None and self.logprobs is not None:
                 logprobs.setdefault(request, []).append(self.logprobs.read(i, tokens[i], k))
+        pools = {part.request: part.read() for part in self.pools}
         requests = dict.fromkeys((*sampled, *prompts))
         results = [_row_result(r, sampled.get(r, []), tuple(logprobs.get(r, ())), prompts.get(r, ())) for r in requests]
+        for got in results:
+            if got.error is None:
+                got.pooled = pools.get(got.request, b"")
         return StepResult(self.step, tuple(results if self.answer is None else self._judged(self.answer, results)))
 
     def _judged(self, answer: Answer, results: list[RowResult]) -> list[RowResult]:
@@ -150,6 +167,7 @@ class Runner:
         self.staging = staging
         self.graphs: DecodeGraphs | TapedDecode | None = None
         self.constraints: Constraints | None = None
+        self.pooling = Pooling()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOnDevice:
@@ -158,7 +176,7 @@ class Runner:
         if self.constraints is not None:
             self.constraints.join(plan.joins)
         picks = self._picks(plan.rows)
-        decode = all(row.n == 1 and row.n_sample == 1 and not row.prompt_logprobs for row in plan.rows)
+        decode = all(r.n == 1 and r.n_sample == 1 and not (r.prompt_logprobs or r.pooling) for r in plan.rows)
         if decode and self.graphs is not None and self.graphs.fits(len(plan.rows)):
             return self._captured(plan, picks)
         return self._eager(plan, picks, decode)
@@ -183,11 +201,14 @@ class Runner:
             ids, layout = lay_out(self.rows, sent.row, sent.start, sent.n, sent.slots, max_q, max_kv)
         batch = ForwardBatch(ids, layout, self.kv, sent.logits_at)
         logits = self.forward.run(batch, wanted=bool(picks))
+        pools = self.pooling.add(plan.rows, self.forward.states) if any(row.pooling for row in plan.rows) else []
         prompts = self._prompt_logprobs(plan.rows)
         if logits is None:
             return StepOnDevice(plan.step, picks, HostCopy(sent.start[:1]), None, prompts)  # only to be waited for
         sampled = self._sample(logits, picks, sent.pick_row, sent.pick_position)
-        return self._written(plan, picks, sampled, sent.pick_row, sent.pick_position, prompts)
+        step = self._written(plan, picks, sampled, sent.pick_row, sent.pick_position, prompts)
+        step.pools = [PooledPart(request, HostCopy(values)) for request, values in pools]
+        return step
 
     def _sample(self, logits: Tensor, picks: list[tuple[str, Pick]], row: Tensor, position: Tensor) -> Sampled:
         """The forward pass is under way: now wait for the masks, which need the tokens of the step before."""

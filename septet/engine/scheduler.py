@@ -172,7 +172,8 @@ class Scheduler:
         seq.in_flight += 1
         seq.last_step = draft.step
         with_prompt = seq.wants_prompt_logprobs and start < seq.n_prompt - 1
-        draft.rows.append(PlanRow(request.id, seq.row, start, n, slots, n_sample, with_prompt))
+        pooling = request.pooling
+        draft.rows.append(PlanRow(request.id, seq.row, start, n, slots, n_sample, with_prompt, pooling=pooling))
         draft.sequences.append(seq)
         draft.budget -= n
 
@@ -226,7 +227,7 @@ class Scheduler:
 
     def _should_follow(self, seq: Sequence) -> bool:
         """Is a long prefix of it being computed by a running sequence, so that waiting for it saves work?"""
-        if seq.wants_prompt_logprobs or not self.cache.enable_prefix:
+        if seq.whole_prompt or not self.cache.enable_prefix:
             return False
         return self._prefills.worth_waiting(seq, self._probe(seq)[0])
 
@@ -241,7 +242,7 @@ class Scheduler:
 
     def _probe(self, seq: Sequence) -> tuple[int, int]:
         """(held, locked) tokens of its cached prefix, looked up again only after the cache has changed."""
-        if seq.wants_prompt_logprobs:
+        if seq.whole_prompt:
             return 0, 0
         version, held, locked = seq.probe
         if version != self.cache.version:
@@ -252,9 +253,9 @@ class Scheduler:
     def _start(self, seq: Sequence) -> None:
         """Waiting -> running: a row and a lease on its longest cached prefix."""
         self._waiting.discard(seq)
-        # Prompt log-probabilities need every position computed. Sharing such a prompt early would lock what the cache
-        # holds of it beside our own copy, and one that fills the pool could then never finish.
-        seq.private = seq.wants_prompt_logprobs
+        # Prompt log-probabilities and pools need every position computed. Sharing such a prompt early would lock what
+        # the cache holds of it beside our own copy, and one that fills the pool could then never finish.
+        seq.private = seq.whole_prompt
         seq.lease = self.cache.open(seq.tokens, seq.request.cache_salt, reuse=not seq.private)
         seq.row = heapq.heappop(self._free_rows)
         seq.joined = False
@@ -366,7 +367,7 @@ class Scheduler:
         if reason is not None:
             self.estimate.finished(n_tokens - seq.n_prompt, seq.limit - seq.n_prompt)
             self._end(seq, reason)
-        return Update(got.request, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached)
+        return Update(got.request, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached, got.pooled)
 
     def _prompt_logprobs(self, seq: Sequence, row: PlanRow, got: RowResult) -> tuple[Logprobs, ...]:
         """Those not delivered before: a preempted sequence computes its prompt again."""
@@ -421,10 +422,13 @@ def _fault(row: PlanRow, got: RowResult, vocab_size: int) -> str | None:
     """What is wrong with the answer to a row, if anything."""
     tokens = got.tokens
     sampled = len(tokens) == row.n_sample and (not tokens or 0 <= tokens[0] < vocab_size)
-    if got.error is None and sampled and (got.prompt_logprobs or not row.prompt_logprobs):
+    pooled = got.pooled or not (row.pooling and row.n_sample)
+    if got.error is None and sampled and pooled and (got.prompt_logprobs or not row.prompt_logprobs):
         return None
     if got.error is not None:
         return got.error
+    if not pooled:
+        return "the executor did not return the pooled hidden states"
     if len(tokens) != row.n_sample:
         return f"the executor sampled {len(tokens)} tokens where {row.n_sample} were planned"
     if sampled:

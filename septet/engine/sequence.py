@@ -60,6 +60,11 @@ class Sequence:
         return self.order[0]
 
     @property
+    def whole_prompt(self) -> bool:
+        """Every position of its prompt must go through the model: nothing of it may come from the cache."""
+        return self.wants_prompt_logprobs or self.request.pooling != ""
+
+    @property
     def wanted(self) -> int:
         """Tokens to compute next. 0 once the token that ends it by length is on its way."""
         return self.length - self.planned if self.length < self.limit else 0

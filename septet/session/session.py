@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from septet.errors import InvalidRequest
+from septet.errors import EngineDead, InvalidRequest
 from septet.request import FinishReason, Request, SamplingParams
-from septet.session.choice import Choice
+from septet.session.choice import Choice, error_of
 from septet.session.merge import merge
 from septet.session.reading import Reading
 from septet.session.thoughts import end_of_thoughts
@@ -220,6 +220,18 @@ class Session:
         async with aclosing(self.generate(prompt, params, priority=priority, cache_salt=cache_salt)) as events:
             async for event in events:
                 yield event
+
+    async def pooled(self, prompt: Prompt, pooling: str, *, priority: int = 0, cache_salt: str = "") -> bytes:
+        """The prompt's final hidden states, pooled ("mean" or "last"): (D,) float32. For `embed.py`."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        request = replace(self._requests(prompt, params, priority, cache_salt)[0], pooling=pooling)
+        async with aclosing(self.client.generate(request)) as updates:
+            async for update in updates:
+                if update.finish_reason is FinishReason.ERROR:
+                    raise error_of(update)
+                if update.pooled:
+                    return update.pooled
+        raise EngineDead("the engine ended an embedding without a vector")
 
     async def close(self) -> None:
         await self.client.close()
