@@ -112,7 +112,8 @@ def _taken_in(path: Path, work: Path) -> tuple[tuple[FileEntry, ...], dict[str, 
     if len(found) > MAX_FILES:
         raise ModelFileError(f"{path.name} holds {len(found)} files; at most {MAX_FILES} are taken")
     _check_space(work, sum(p.stat().st_size for p in found))
-    files, sources = [], {}
+    files: list[FileEntry] = []
+    sources: dict[str, Path] = {}
     for one in found:
         if not is_plain(one.name):
             raise ModelFileError(f"{shown(one.name)} is no plain file name")

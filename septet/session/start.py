@@ -17,6 +17,7 @@ from septet.session.session import Limits, Session
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from septet.hub.modelfile import Recipe
     from septet.text.template import ChatTemplate
     from septet.text.tokenizer import Tokenizer
 
@@ -81,7 +82,25 @@ async def start_session(
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
     )
-    return Session(client, tokenizer, template, served_name or local.name, limits, reply_format=reply_format)
+    session = Session(client, tokenizer, template, served_name or local.name, limits, reply_format=reply_format)
+    return (
+        session
+        if local.recipe is None
+        else await _with_recipe(session, local.recipe, tool_call_parser, reasoning_parser)
+    )
+
+
+async def _with_recipe(session: Session, recipe: Recipe, tool_call_parser: str, reasoning_parser: str) -> Session:
+    """A created model: the same engine, and what its Modelfile adds."""
+    from septet.session.preset import preset
+
+    try:
+        return preset(
+            session, session.model_name, recipe, tool_call_parser=tool_call_parser, reasoning_parser=reasoning_parser
+        )
+    except BaseException:
+        await session.close()
+        raise
 
 
 def _fetching(on_phase: Callable[[str], None]) -> Callable[[int, int, str], None]:
