@@ -45,6 +45,10 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """(T, D) final hidden states, normed, of every token of the step; writes the step's keys and values."""
+        return self.ops.value(self._trunk(batch))
+
+    def _trunk(self, batch: ForwardBatch) -> Tensor:
+        """As `hidden`, but the last norm may still be owed (`Ops.value`), for the head to apply."""
         x, residual = self.embedding(batch.ids), None
         for layer, kv in zip(self.layers, batch.kv, strict=True):
             x, residual = layer(x, residual, kv, batch.layout)
@@ -54,6 +58,10 @@ class Decoder:
         """(S, V) next-token logits of `batch.logits_at`, in the compute dtype."""
         return self.logits(self.ops.take_rows(self.hidden(batch), batch.logits_at))
 
+    def decode(self, batch: ForwardBatch) -> Tensor:
+        """(T, V) next-token logits of every token of the step, in the compute dtype."""
+        return self.logits(self._trunk(batch))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (S, D) of `hidden(batch)` -> (S, V) next-token logits, in the compute dtype."""
-        return self.head(hidden)
+        return self.ops.value(self.head(hidden))

@@ -41,6 +41,10 @@ class Model(Protocol):
         """(T, D) final hidden states, normed; writes the step's keys and values."""
         ...
 
+    def decode(self, batch: ForwardBatch) -> Tensor:
+        """(T, V) next-token logits of every token of the step; writes the step's keys and values."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (S, D) -> (S, V): the head by itself, for rows of `hidden`."""
         ...

@@ -15,16 +15,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from septet.kernels.triton import act, attention, embed, norm, qkv, sample
+from septet.kernels.triton import act, attention, decode, embed, gemv, norm, qkv, sample, skinny
 from septet.kernels.triton.tiles import choose
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
 KINDS = {"top_ptr": F32, "total_ptr": F32, "acc_ptr": F32, "value_ptr": F32, "temperature_ptr": F32}
 KINDS |= {"cos_sin_ptr": F32, "logits_ptr": F32, "index_ptr": I32, "q_start_ptr": I32, "kv_len_ptr": I32}
+KINDS |= {"arrived_ptr": I32}
 KINDS |= {"slot_of_ptr": I32, "ids_ptr": I64, "slots_ptr": I64, "positions_ptr": I64, "rows_ptr": I64, "seeds_ptr": I64}
 FLOATS = {"eps", "scale", "cap"}
-ALIGNED = {"D", "F", "V", "stride", "k_stride", "v_stride", "slot_of_stride"}  # multiples of 16 in every real model
+ALIGNED = {
+    "D",
+    "F",
+    "V",
+    "N",
+    "stride",
+    "k_stride",
+    "v_stride",
+    "slot_of_stride",
+    "part_stride",
+}  # multiples of 16 in every real model
 
 
 def compile_one(fn: Any, const: dict[str, Any], num_warps: int, num_stages: int = 3, **kinds: str) -> dict[str, Any]:
@@ -59,18 +70,50 @@ def attention_of(n_tokens: int, n_rows: int, dim: int, window: bool = False, cap
     return compile_one(attention._attention_kernel, const, t.num_warps, t.num_stages, out_ptr=out)
 
 
+def gemv_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, Any]:
+    s = gemv.shape_of(n_out, n_in, rows, act)
+    const = {"K": n_in, "M": triton.next_power_of_2(rows), "ROWS": rows, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
+    const |= {"EVEN_N": n_out % s.block_n == 0, "NORM": act, "ACT": act, "GELU": False, "RESIDUAL": not act}
+    return compile_one(gemv._gemv_kernel, {**const, "BIAS": False, "PDL": True}, s.num_warps)
+
+
+def skinny_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, Any]:
+    s = skinny.shape_of(n_out, n_in, rows, act)
+    const = {"K": n_in, "SPLITS": s.splits, "BLOCK_M": rows, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
+    const |= {"STAGES": s.num_stages, "AHEAD": s.ahead, "ACT": act, "GELU": False, "BIAS": False, "PDL": True}
+    return compile_one(skinny._skinny_kernel, const, s.num_warps, out_ptr=BF16 if s.splits == 1 else F32)
+
+
+def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str, Any]:
+    const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": decode.splits_of(rows, 8, 8192, 132), "PARTS": parts}
+    const |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_E": max(32, dim), "STAGES": 3, "NORM": extras, "WINDOW": extras}
+    return compile_one(
+        decode._decode_kernel, {**const, "CAP": extras, "PDL": True}, 4, qkv_ptr=BF16 if parts == 1 else F32
+    )
+
+
 def main() -> None:
     heads = {"H": 32, "G": 8, "E": 128, "BLOCK_H": 8, "BLOCK_E": 64}
     print(
         json.dumps(
             {
-                "norm": compile_one(norm._norm_kernel, {"ADD": True, "BLOCK": 2048}, 8),
+                "norm": compile_one(norm._norm_kernel, {"PARTS": 1, "ADD": True, "BLOCK": 2048, "PDL": True}, 8),
                 "act": compile_one(act._gated_act_kernel, {"GELU": True, "BLOCK": 1024}, 4),
                 "embed": compile_one(embed._embed_kernel, {"BLOCK": 1024}, 4),
                 "qkv": compile_one(qkv._qkv_kernel, {**heads, "NORM": True}, 2),
                 "gumbel": compile_one(sample._block_kernel, {"NOISE": True, "BLOCK": 2048}, 4),
                 "best": compile_one(sample._merge_kernel, {"BLOCK": 64}, 1, out_ptr=I64),
                 "merge": compile_one(attention._merge_kernel, {"E": 64, "SPLITS": 32, "BLOCK_D": 64}, 4),
+                "norm of parts": compile_one(
+                    norm._norm_kernel, {"PARTS": 4, "ADD": True, "BLOCK": 4096, "PDL": True}, 16, x_ptr=F32
+                ),
+                "gemv 1 row": gemv_of(4096, 14336, 1),
+                "gemv 4 rows, pair": gemv_of(8192, 2048, 4, act=True),
+                "skinny 32 rows": skinny_of(4096, 14336, 32),
+                "skinny 64 rows, pair": skinny_of(8192, 2048, 64, act=True),
+                "decode 1 row": decode_of(1, 64, 1),
+                "decode 32 rows of parts": decode_of(32, 128, 4),
+                "decode 64 rows, norms, window, cap": decode_of(64, 128, 1, extras=True),
                 "attention decode, 1 row": attention_of(1, 1, 64),
                 "attention decode, 64 rows": attention_of(64, 64, 128),
                 "attention prefill": attention_of(2048, 1, 128),

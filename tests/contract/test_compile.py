@@ -24,7 +24,7 @@ def compiled() -> dict[str, dict[str, int]]:
 
 
 def test_all_kernels_fit(compiled: dict[str, dict[str, int]]) -> None:
-    assert len(compiled) == 12
+    assert len(compiled) == 20
     assert {name: facts for name, facts in compiled.items() if facts["shared_bytes"] > SHARED_BYTES} == {}
 
 
@@ -36,6 +36,14 @@ def test_attention_gathers_in_wide_asynchronous_copies(compiled: dict[str, dict[
         assert facts["mma"] > 0 if "decode" in name else facts["wgmma"] > 0, f"{name}: {facts}"
 
 
-@pytest.mark.parametrize("name", ["norm", "act", "embed", "qkv", "gumbel", "merge"])
+def test_skinny_products_use_warp_groups_and_pipelines(compiled: dict[str, dict[str, int]]) -> None:
+    for name in ("skinny 32 rows", "skinny 64 rows, pair"):
+        assert compiled[name]["async_copies"] >= 8, compiled[name]
+        assert compiled[name]["wgmma"] > 0, compiled[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["norm", "act", "embed", "qkv", "gumbel", "merge", "gemv 1 row", "gemv 4 rows, pair", "decode 1 row"]
+)
 def test_elementwise_kernels_load_16_bytes(compiled: dict[str, dict[str, int]], name: str) -> None:
     assert compiled[name]["wide_loads"] > 0, compiled[name]

@@ -1,0 +1,259 @@
+"""Attention of a decode step from the QKV product on: norm, rotation, KV write, attention, merge, in one kernel.
+
+Called by `TritonOps` where every row computes one token: what qkv.py and attention.py do in three kernels. A program
+takes one KV head of one row and a share of its context; its first keys and values, and their slots, are loaded before
+the predecessor has ended (pdl.py: all but this step's token was written by earlier steps). The step's own key and value
+never make the way through memory: the first program of a row folds them in from registers, and writes them to the
+pool. The last program of a row to arrive merges the shares (a counter in memory; arXiv 2205.14135 for the softmax).
+"""
+# mypy: allow-untyped-defs
+# (a kernel's parameters are device pointers and scalars, typed by the launch)
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from septet.kernels.triton.attention import LOG2_E
+from septet.kernels.triton.pdl import launch_options
+
+if TYPE_CHECKING:
+    from septet.kernels.ops import LayerKV, Layout
+
+__all__ = ["decode_attention", "splits_of"]
+
+BLOCK_M = 16  # rows of the smallest matrix instruction: the query heads of one KV head, the rest idle
+MAX_SPLITS = 32
+
+
+@triton.jit
+def _read(qkv_ptr, line, at, tile, PARTS: tl.constexpr, part_stride, KIND: tl.constexpr):
+    """Elements of the QKV product, summed over its float32 parts and rounded as one product would be."""
+    if PARTS == 1:
+        return tl.load(qkv_ptr + line + at, mask=tile, other=0.0).to(tl.float32)
+    x = tl.load(qkv_ptr + line + at, mask=tile, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(qkv_ptr + part * part_stride + line + at, mask=tile, other=0.0)
+    return x.to(KIND).to(tl.float32)
+
+
+@triton.jit
+def _rotated(
+    qkv_ptr, line, at, inside, half: tl.constexpr, cos, sin, norm_ptr, eps, E: tl.constexpr, NORM: tl.constexpr,
+    PARTS: tl.constexpr, part_stride, KIND: tl.constexpr,
+):  # fmt: skip
+    """Heads at `line` (heads, 1): both halves (heads, E / 2), normed and rotated, in KIND."""
+    a = _read(qkv_ptr, line, at, inside, PARTS, part_stride, KIND)
+    b = _read(qkv_ptr, line, half + at, inside, PARTS, part_stride, KIND)
+    if NORM:  # rounded to the compute dtype before the rotation, as the reference does
+        inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
+        a = (a * inverse * tl.load(norm_ptr + at, mask=at < half, other=0.0).to(tl.float32)).to(KIND).to(tl.float32)
+        b = (b * inverse * tl.load(norm_ptr + half + at, mask=at < half, other=0.0).to(tl.float32)).to(KIND)
+        b = b.to(tl.float32)
+    return (a * cos - b * sin).to(KIND), (b * cos + a * sin).to(KIND)
+
+
+@triton.jit
+def _keys(k_ptr, v_ptr, slot_of_ptr, start, hi, at, e, k_stride, v_stride, half: tl.constexpr, E: tl.constexpr,
+          BLOCK_N: tl.constexpr):  # fmt: skip
+    """Keys (both halves) and values of positions start .. min(start + BLOCK_N, hi) - 1; beyond: zeros."""
+    n = start + tl.arange(0, BLOCK_N)
+    here = n < hi
+    slot = tl.load(slot_of_ptr + n, mask=here, other=0).to(tl.int64)
+    tile = here[:, None] & (at < half)
+    first = tl.load(k_ptr + slot[:, None] * k_stride + at, mask=tile, other=0.0)
+    second = tl.load(k_ptr + slot[:, None] * k_stride + half + at, mask=tile, other=0.0)
+    values = tl.load(v_ptr + slot[:, None] * v_stride + e, mask=here[:, None] & (e < E), other=0.0)
+    return first, second, values, here
+
+
+@triton.jit
+def _fold(acc, top, total, score, v, KIND: tl.constexpr):
+    """Scores (M, N) in base 2, -inf = not seen, and values (N, E) into the softmax state."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(score - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(KIND), v.to(KIND), acc * fade[:, None], input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _score(q1, q2, k1, k2, here, scale, cap, CAP: tl.constexpr):
+    score = tl.dot(q1, tl.trans(k1).to(q1.dtype), input_precision="ieee")
+    score = tl.dot(q2, tl.trans(k2).to(q2.dtype), score, input_precision="ieee") * scale
+    if CAP:
+        score = _capped(score, cap)
+    return tl.where(here[None, :], score, float("-inf"))
+
+
+@triton.jit
+def _capped(score, cap):
+    """cap * tanh(score / cap) in base 2, as attention.py."""
+    return cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(score * (2.0 / cap)) + 1.0))
+
+
+@triton.jit(do_not_specialize=["eps", "window", "scale", "cap"])
+def _decode_kernel(
+    qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
+    slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps, window, scale, cap, part_stride, k_stride, v_stride,
+    slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
+
+    acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
+    arrived (R, G) int32: zero, and left zero. BLOCK_E: E up to a power of two.
+    """
+    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    HALF: tl.constexpr = BLOCK_E // 2
+    half: tl.constexpr = E // 2
+    KIND: tl.constexpr = out_ptr.dtype.element_ty
+    m, at, e = tl.arange(0, BLOCK_M), tl.arange(0, HALF), tl.arange(0, BLOCK_E)
+    if PDL:
+        gdc_launch_dependents()
+    past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
+    key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
+    turns = tl.cdiv(past - key_lo, BLOCK_N)
+    share = tl.maximum(tl.cdiv(turns, SPLITS), 1) * BLOCK_N
+    used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
+    lo = key_lo + split * share
+    hi = tl.minimum(lo + share, past)
+    slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
+    k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
+    k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at[None, :], e[None, :], k_stride, v_stride, half, E,
+                            BLOCK_N)  # fmt: skip
+    slot = tl.load(slots_ptr + row)
+    angle = cos_sin_ptr + past.to(tl.int64) * E + at
+    cos = tl.load(angle, mask=at < half, other=0.0)[None, :]
+    sin = tl.load(angle + half, mask=at < half, other=0.0)[None, :]
+    if PDL:
+        gdc_wait()
+    if split >= used:
+        return
+    line = row.to(tl.int64) * ((RATIO + 2) * G * E)
+    inside = (m < RATIO)[:, None] & (at < half)[None, :]
+    q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m)[:, None] * E, at[None, :], inside, half, cos, sin,
+                      q_norm_ptr, eps, E, NORM, PARTS, part_stride, KIND)  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
+    for start in tl.range(lo + BLOCK_N, hi, BLOCK_N, num_stages=STAGES):
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at[None, :], e[None, :], k_stride, v_stride,
+                                half, E, BLOCK_N)  # fmt: skip
+        acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
+
+    if split == 0:  # this step's own token: store it, and fold it in
+        one = tl.arange(0, 1)
+        own = (one == 0)[:, None] & (at < half)[None, :]
+        head = line + (RATIO * G + kv_head) * E
+        own_k1, own_k2 = _rotated(qkv_ptr, head + one[:, None] * E, at[None, :], own, half, cos, sin, k_norm_ptr, eps,
+                                  E, NORM, PARTS, part_stride, KIND)  # fmt: skip
+        own_v = _read(qkv_ptr, head + G * E + one[:, None] * E, e[None, :], (e < E)[None, :], PARTS, part_stride, KIND)
+        to = slot * k_stride + kv_head * E + at[None, :]
+        tl.store(k_ptr + to, own_k1.to(k_ptr.dtype.element_ty), mask=own)
+        tl.store(k_ptr + to + half, own_k2.to(k_ptr.dtype.element_ty), mask=own)
+        tl.store(
+            v_ptr + slot * v_stride + kv_head * E + e[None, :], own_v.to(v_ptr.dtype.element_ty), mask=(e < E)[None, :]
+        )
+        kept1 = own_k1.to(k_ptr.dtype.element_ty).to(tl.float32)
+        kept2 = own_k2.to(k_ptr.dtype.element_ty).to(tl.float32)
+        score = (tl.sum(q1.to(tl.float32) * kept1, 1) + tl.sum(q2.to(tl.float32) * kept2, 1)) * scale
+        if CAP:
+            score = _capped(score, cap)
+        new_top = tl.maximum(top, score)
+        fade, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + weight.to(KIND).to(tl.float32)[:, None] * own_v
+        top = new_top
+
+    out_at = out_ptr + row.to(tl.int64) * (G * RATIO * E) + (kv_head * RATIO + m)[:, None] * E + e[None, :]
+    out_tile = (m < RATIO)[:, None] & (e < E)[None, :]
+    if SPLITS == 1:
+        tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
+    else:
+        first = (row.to(tl.int64) * G + kv_head) * SPLITS
+        if used == 1:
+            tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
+            return
+        tl.store(top_ptr + (first + split) * BLOCK_M + m, top)
+        tl.store(total_ptr + (first + split) * BLOCK_M + m, total)
+        cell = m[:, None] * BLOCK_E + e[None, :]
+        tl.store(acc_ptr + (first + split) * (BLOCK_M * BLOCK_E) + cell, acc)
+        tl.debug_barrier()  # every thread's share is written before the counter says so
+        if tl.atomic_add(arrived_ptr + row * G + kv_head, 1, sem="acq_rel") != used - 1:
+            return
+        s = tl.arange(0, SPLITS)
+        seen = (s < used)[:, None] & (m < RATIO)[None, :]
+        states = (first + s)[:, None] * BLOCK_M + m[None, :]
+        tops = tl.load(top_ptr + states, mask=seen, other=float("-inf"), cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        best = tl.where(best == float("-inf"), 0.0, best)
+        totals = tl.load(total_ptr + states, mask=seen, other=0.0, cache_modifier=".cg")
+        whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
+        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        for i in tl.range(0, used, loop_unroll_factor=4):
+            its_top = tl.load(top_ptr + (first + i) * BLOCK_M + m, cache_modifier=".cg")
+            one_share = tl.load(acc_ptr + (first + i) * (BLOCK_M * BLOCK_E) + cell, cache_modifier=".cg")
+            acc += one_share * tl.exp2(its_top - best)[:, None]
+        tl.store(out_at, (acc / whole[:, None]).to(KIND), mask=out_tile)
+        tl.store(arrived_ptr + row * G + kv_head, 0)
+
+
+def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
+    """A power of two that gives each multiprocessor about two programs; each then reads at least one tile."""
+    wanted = min(2 * n_sms // max(n_rows * n_kv, 1), -(-max_context // 64), MAX_SPLITS)
+    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+
+
+def decode_attention(
+    qkv: Tensor,
+    kv: LayerKV,
+    layout: Layout,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    window: int | None,
+    soft_cap: float,
+    dtype: torch.dtype,
+    arrived: Tensor,
+    n_sms: int,
+) -> Tensor:
+    """qkv (R, (H + 2G) E), or its float32 parts (P, R, ...) -> (R, H E) in `dtype`; one token a row.
+
+    Writes the tokens' keys and values to `kv`. arrived: int32 zeros, at least R * G; zeros again afterwards. The rest
+    as in `Ops.qkv_write` and `Ops.attention`.
+    """
+    n_kv, dim = kv.k.shape[1:]
+    parts, n_rows, width = (1, *qkv.shape) if qkv.dim() == 2 else qkv.shape
+    ratio = width // dim // n_kv - 2
+    out = torch.empty(n_rows, ratio * n_kv * dim, dtype=dtype, device=qkv.device)
+    block_e = max(triton.next_power_of_2(dim), 32)
+    block_n = 64 if block_e * kv.k.element_size() <= 512 else 32
+    context = layout.max_kv if window is None else min(layout.max_kv, window)
+    splits = splits_of(n_rows, n_kv, context, n_sms)
+    block_m = max(BLOCK_M, triton.next_power_of_2(ratio))
+    acc = top = total = out
+    if splits > 1:
+        acc = torch.empty(n_rows, n_kv, splits, block_m, block_e, dtype=torch.float32, device=qkv.device)
+        top = torch.empty(n_rows, n_kv, splits, block_m, dtype=torch.float32, device=qkv.device)
+        total = torch.empty_like(top)
+    norm = q_norm is not None and k_norm is not None
+    _decode_kernel[(n_kv, n_rows, splits)](
+        qkv, out, acc, top, total, arrived, kv.k, kv.v, layout.rows, layout.kv_len, layout.slots, layout.slot_of,
+        cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, eps, 0 if window is None else window,
+        scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
+        G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_E=block_e,
+        STAGES=3, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0, num_warps=4, **launch_options(),
+    )  # fmt: skip
+    return out
