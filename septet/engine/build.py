@@ -5,6 +5,7 @@ Called by the engine process (`engine/__main__.py`) and by tests. Resolves each 
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_executor"]
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,11 +64,11 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[kv_dtype], device)
         rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
         forward, runner_ops = _forward(model, ops, kv)
-    runner = Runner(forward, runner_ops, kv, rows, Staging(device))
+    runner, why_eager = Runner(forward, runner_ops, kv, rows, Staging(device)), "eager steps"
     if captured and isinstance(forward, TapeForward):
         runner.graphs = TapedDecode(forward.tape, rows, sizes.max_num_seqs)
     elif captured:
-        _capture(runner, model, sizes)
+        why_eager = _capture(runner, model, sizes)
     del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
         ("device", str(device), why_device),
@@ -78,7 +80,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
             "on" if overlap else "off",
             "as asked" if config.overlap != "auto" else f"default for {device.type}",
         ),
-        ("captured_steps", *_captured_words(captured, native)),
+        ("captured_steps", *_captured_words(runner.graphs is not None, native, why_eager)),
         *sizes.choices,
     )
     info = EngineInfo(
@@ -100,10 +102,10 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     return LocalExecutor(runner, depth=2 if overlap else 1), info
 
 
-def _captured_words(captured: bool, native: bool) -> tuple[str, str]:
+def _captured_words(captured: bool, native: bool, why_eager: str) -> tuple[str, str]:
     if not captured:
-        return "off", "eager steps"
-    return "on", "decode steps are one native call" if native else "decode steps are CUDA graphs"
+        return "off", why_eager
+    return "on", "decode steps are one native call" if native else "decode steps and small chunks are CUDA graphs"
 
 
 def _device(config: EngineConfig) -> tuple[torch.device, str]:
@@ -158,11 +160,16 @@ def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
 
 
 def _default_kernels(device: torch.device) -> tuple[str, str]:
-    """(table, why). On a CPU the reference, though `native` is several times faster: there the last bits of a logit
-    depend on how a prompt was cut into steps, so that a seed may answer otherwise when its prompt comes from cache."""
+    """(table, why): Triton on a GPU, the native library on a CPU, the reference where that is not there."""
+    from septet.kernels.native.library import NativeUnavailable, load
+
     if device.type == "cuda":
         return "triton", "default for cuda"
-    return "reference", "default for cpu: the same answer however a prompt was cut; native is faster"
+    try:
+        load()
+    except NativeUnavailable as error:
+        return "reference", f"the native library can't be used: {error}"
+    return "native", "default for cpu"
 
 
 def _native_ops(why: str) -> tuple[Ops, str]:
@@ -209,8 +216,17 @@ def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.de
     return open_source(Path(config.model), model, ops, device, dtype)
 
 
-def _capture(runner: Runner, model: Model, sizes: Sizes) -> None:
-    from septet.engine.graphs import DecodeGraphs, bucket_sizes
+def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:
+    """Steps as CUDA graphs -> "", or why there are none: then every step is launched kernel by kernel."""
+    from septet.engine.buckets import Shapes
+    from septet.engine.graphs import CudaCapture, StepGraphs
 
-    runner.graphs = DecodeGraphs(runner, model, bucket_sizes(sizes.max_num_seqs), sizes.max_model_len)
-    runner.graphs.capture_all()
+    shapes = Shapes.of(sizes.max_num_seqs, sizes.max_model_len, sizes.max_num_batched_tokens)
+    graphs = StepGraphs(runner, model, shapes, CudaCapture())
+    try:
+        graphs.capture_first()
+    except RuntimeError as error:
+        log.warning("this device or driver can't capture steps", exc_info=error)
+        return f"steps could not be captured: {type(error).__name__}"
+    runner.graphs = graphs
+    return ""
