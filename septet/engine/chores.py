@@ -49,11 +49,25 @@ class HostClock:
 
 
 class Chores:
-    """Is every KV slot accounted for (`audit`), and the garbage: once in each pause that follows some steps."""
+    """Is every KV slot accounted for (`audit`), and the garbage: once in each pause that follows some steps.
 
-    def __init__(self, audit: Callable[[], None], *, strict: bool, owns_gc: bool, pause_s: float) -> None:
+    And what the executor has put off (`spare`, see `Executor`): piece by piece, in pauses and now and then under way.
+    """
+
+    def __init__(
+        self,
+        audit: Callable[[], None],
+        spare: Callable[[bool], bool],
+        *,
+        strict: bool,
+        owns_gc: bool,
+        pause_s: float,
+    ) -> None:
         self.audit_failures = 0
         self._audit = audit
+        self._spare = spare
+        self._more = False  # `spare` has something for a pause
+        self._resting = False  # this pause has lasted pause_s
         self._strict = strict
         self._owns_gc = owns_gc
         self._pause_s = pause_s
@@ -62,6 +76,7 @@ class Chores:
 
     def begin(self) -> None:
         """Before the first step, everything loaded."""
+        self._more = self._spare(True)
         if self._owns_gc:
             gc.freeze()  # the model and its modules are never garbage
             gc.disable()  # a collection in the middle of a step is a pause for every stream
@@ -72,17 +87,27 @@ class Chores:
 
     def patience(self) -> float | None:
         """Seconds an idle loop waits before it does the chores; None = there are none, wait for ever."""
-        return self._pause_s if self.due else None
+        if not (self.due or self._more):
+            return None
+        return 0.0 if self._resting and self._more else self._pause_s
 
     def step_done(self) -> None:
         self._steps += 1
+        self._resting = False
         if self._owns_gc and self._steps % GC_STEPS == 0:
             gc.collect(0)
 
+    def between_steps(self) -> None:
+        self._more = self._spare(True)
+
     def do(self) -> None:
         """Nobody waits: do what is due. A failed audit is logged and counted; with `strict` it raises."""
-        if not self.due:
-            return
+        self._resting = True
+        self._more = self._more and self._spare(False)
+        if self.due:
+            self._look_after()
+
+    def _look_after(self) -> None:
         began = time.monotonic()
         self._steps = 0
         try:

@@ -107,6 +107,9 @@ class EchoExecutor:
             self._free_at = max(self._free_at, time.monotonic()) + self.step_s
         return Done(StepResult(plan.step, results), self._free_at)
 
+    def spare(self, busy: bool) -> bool:
+        return False
+
     def close(self) -> None:
         self._rows.clear()
         self._content.clear()

@@ -28,4 +28,11 @@ class Executor(Protocol):
         """Start a step. Plans are applied in order; a failed launch leaves the rows of that plan undefined."""
         ...
 
+    def spare(self, busy: bool) -> bool:
+        """Between steps: do a piece of the work that could wait. With busy False (a pause) at once, else seldom.
+
+        False: nothing is left for a pause.
+        """
+        ...
+
     def close(self) -> None: ...

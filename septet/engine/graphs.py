@@ -1,130 +1,218 @@
-"""Captured decode steps: one CUDA graph per batch size, sampling included, replayed over named static buffers.
+"""Captured steps: decode steps by rows, small chunks by tokens, each replayed as CUDA graphs over static buffers.
 
-Called by the runner for steps in which every row computes one token. Rows beyond the batch are padded with the scratch
-row, position 0 and slot 0. Two graphs per size: the forward pass up to the logits, and the plain sampler (temperature
-and seed), so that a step that needs more than plain sampling replays the first and samples eagerly. Graphs of all sizes
-share one memory pool; the largest is captured first.
+Called by the runner for plans whose rows want one token each, or none. Two graphs per shape: the forward pass up to the
+logits, and the plain sampler (temperature and seed), so that a step that needs more replays the first and samples
+eagerly. Graphs share one memory pool, which the largest shapes have sized: outputs are read before the next replay, so
+that nothing is kept between steps. A few shapes are captured at the start, the others as traffic asks for them or in
+pauses (`spare`); meanwhile a larger one stands in, or the step runs eagerly.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
+import time
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
-from septet.engine.layout import lay_out_decode
-from septet.layers.batch import ForwardBatch
+from septet.engine.buckets import MAX_CHUNKS, stand_in
+from septet.engine.masked import MaskBuffers
+from septet.engine.static import Machine, static_step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from septet.engine.buckets import Shape, Shapes
+    from septet.engine.constraints import TokenMasks
     from septet.engine.rows import RowInfo
     from septet.engine.runner import Runner
+    from septet.engine.staging import Staging
+    from septet.engine.static import StaticStep
     from septet.models.registry import Model
     from septet.step import PlanRow
 
-__all__ = ["DecodeGraphs", "bucket_sizes"]
+__all__ = ["Capture", "CudaCapture", "StepGraphs"]
+
+BUSY_SHARE = 0.1  # of the time under traffic that captures may take, while shapes are missing
+MIN_PAUSE_S = 0.002  # between looks at what is wanted, over BUSY_SHARE
+MIN_WANTED = 2  # times that a shape was asked for before it is captured under traffic
+
+log = logging.getLogger(__name__)
 
 
-def bucket_sizes(max_rows: int) -> list[int]:
-    """Sizes to capture: 1, 2, 4, multiples of 8 to 64, of 16 to 256, of 32 beyond; none over max_rows."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)]
-    return sorted({*(s for s in sizes if s < max_rows), max_rows})
+class Capture(Protocol):
+    def __call__(self, step: StaticStep) -> tuple[Callable[[], None], Callable[[], None]]:
+        """-> replays of `step.forward` and `step.draw`."""
+        ...
 
 
-@dataclass(slots=True)
-class StepBuffers:
-    """Inputs and outputs of the captured step of one size B; static addresses."""
+class CudaCapture:
+    """Records on one side stream, into one memory pool."""
 
-    row: Tensor  # (B,) int64
-    start: Tensor  # (B,) int64
-    slots: Tensor  # (B,) int64
-    logits: Tensor  # (B, V)
-    tokens: Tensor  # (B,) int64
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, step: StaticStep) -> tuple[Callable[[], None], Callable[[], None]]:
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection frees must not be freed into a capture
+        try:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # once outside, so that kernels are compiled and handles exist
+                step.forward()
+                step.draw()
+                self.stream.synchronize()
+                forward, draw = self._record(step.forward), self._record(step.draw)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        finally:
+            if collecting:
+                gc.enable()
+        step.logits = _unowned(step.logits)  # its place in the pool may serve other graphs, which run later
+        return forward, draw
+
+    def _record(self, part: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (weights, grammars) may talk to the device meanwhile.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            part()
+        finally:
+            graph.capture_end()
+        return graph.replay
+
+
+class _Span:
+    """Device memory that somebody else owns (`__cuda_array_interface__`, version 3)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        n_bytes = tensor.numel() * tensor.element_size()
+        self.__cuda_array_interface__ = {
+            "shape": (n_bytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor that does not keep its memory from being used again."""
+    assert tensor.is_contiguous()
+    alias = torch.as_tensor(_Span(tensor), device=tensor.device)
+    return alias.view(tensor.dtype).view(tensor.shape)
 
 
 @dataclass(slots=True)
 class Captured:
-    buffers: StepBuffers
-    forward: torch.cuda.CUDAGraph
-    sampler: torch.cuda.CUDAGraph
+    """One shape, ready to be replayed."""
+
+    step: StaticStep
+    staging: Staging
+    forward: Callable[[], None]
+    draw: Callable[[], None]
+
+    def run(self, rows: Sequence[PlanRow], sample: bool) -> StaticStep:
+        """Replay it for these rows; with `sample`, tokens are drawn and written back to the rows' state. What it says
+        is valid until the next replay of any shape."""
+        step = self.step
+        self.staging.fill(step.inputs, lambda out: step.pack(rows, out))
+        self.forward()
+        if sample:
+            step.machine.masks.set(None)
+            self.draw()
+        return step
+
+    def draw_masked(self, masks: TokenMasks | None) -> None:
+        """After `run` without `sample`: as that would have drawn, but under these masks."""
+        self.step.machine.masks.set(masks)
+        self.draw()
 
 
-class DecodeGraphs:
-    def __init__(self, runner: Runner, model: Model, sizes: Sequence[int], max_kv: int) -> None:
-        self.runner = runner
-        self.model = model
-        self.sizes = sorted(sizes)
-        self.max_kv = max_kv
-        self.inputs = torch.zeros(3, self.sizes[-1], dtype=torch.int64, device=runner.staging.device)
-        self.captured: dict[int, Captured] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def fits(self, n_rows: int) -> bool:
-        return 0 < n_rows <= self.sizes[-1]
-
-    def serves(self, info: RowInfo) -> bool:
-        """Can the captured sampler draw this row's token?"""
-        return info.plain
+class StepGraphs:
+    def __init__(self, runner: Runner, model: Model, shapes: Shapes, capture: Capture) -> None:
+        self.shapes = shapes
+        self.capture = capture
+        self.captured: dict[Shape, Captured] = {}
+        self.wanted: Counter[Shape] = Counter()  # asked for and not there
+        self.broken = False  # a capture failed under way: what is captured serves on
+        self.staging = runner.staging
+        self._todo = shapes.usual()
+        self._not_before = 0.0  # monotonic
+        n_inputs, device = 5 * shapes.max_rows + 3 + shapes.max_tokens, runner.staging.device  # the longest `pack`
+        inputs = torch.zeros(n_inputs, dtype=torch.int64, device=device)
+        tokens = torch.zeros(shapes.max_rows, dtype=torch.int64, device=device)
+        masks = MaskBuffers(shapes.max_rows, device)
+        self.machine = Machine(model, runner.ops, runner.kv, runner.rows, inputs, tokens, masks)
 
     @torch.inference_mode()
-    def capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory; the collector sleeps meanwhile."""
-        gc.collect()
-        gc.disable()
-        try:
-            for size in reversed(self.sizes):
-                self._capture(size)
-        finally:
-            gc.enable()
+    def capture_first(self) -> None:
+        for shape in self.shapes.first():
+            self._capture(shape)
 
-    def run(self, rows: Sequence[PlanRow], sample: bool) -> StepBuffers:
-        """Replay the step for these rows; with `sample`, tokens are drawn and written back to the rows' state."""
-        size = next(s for s in self.sizes if s >= len(rows))
-        step = self.captured.get(size) or self._capture(size)
-        pad = size - len(rows)
-        scratch = self.runner.rows.scratch
-        flat = [row.row for row in rows] + [scratch] * pad
-        flat += [row.start for row in rows] + [0] * pad
-        flat += [row.slots[0] for row in rows] + [0] * pad
-        (sent,) = self.runner.staging.send([np.array(flat, dtype=np.int64)])
-        self.inputs[:, :size].copy_(sent.view(3, size))
-        step.forward.replay()
-        if sample:
-            step.sampler.replay()
-        return step.buffers
+    def find(self, rows: Sequence[PlanRow], decode: bool) -> Captured | None:
+        """What can be replayed for rows that sample one token each or none; None: run eagerly. decode: each computes
+        and samples one token."""
+        if decode:
+            shape = self.shapes.decode(len(rows)) if len(rows) <= self.shapes.max_rows else None
+        else:
+            n_tokens, context = sum([row.n for row in rows]), max([row.start + row.n for row in rows])
+            shape = self.shapes.chunk(n_tokens, len(rows), context)
+        if shape is None:
+            return None
+        if shape not in self.captured:
+            self.wanted[shape] += 1
+            shape = stand_in(shape, self.captured)
+        return self.captured[shape] if shape is not None else None
 
-    def _capture(self, size: int) -> Captured:
-        row, start, slots = self.inputs[:, :size]
-        row.fill_(self.runner.rows.scratch)
-        start.zero_()
-        slots.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside, so that kernels are compiled and handles exist
-            self._sample(row, start, self._forward(row, start, slots))
-        torch.cuda.current_stream().wait_stream(stream)
-        forward, sampler = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool):
-            logits = self._forward(row, start, slots)
-        with torch.cuda.graph(sampler, pool=self.pool):
-            tokens = self._sample(row, start, logits)
-        self.captured[size] = Captured(StepBuffers(row, start, slots, logits, tokens), forward, sampler)
-        return self.captured[size]
+    def serves(self, info: RowInfo | None) -> bool:
+        """Can the captured sampler draw this row's token? (None: nobody has joined it.)"""
+        return info is not None and info.plain
 
-    def _forward(self, row: Tensor, start: Tensor, slots: Tensor) -> Tensor:
-        runner = self.runner
-        ids, layout = lay_out_decode(runner.rows, row, start, slots, self.max_kv)
-        hidden = self.model.hidden(ForwardBatch(ids, layout, runner.kv, start))
-        return self.model.logits(hidden)
+    def serves_masked(self, info: RowInfo) -> bool:
+        """The same, if it is given the row's mask."""
+        return info.plain or info.masked
 
-    def _sample(self, row: Tensor, start: Tensor, logits: Tensor) -> Tensor:
-        rows = self.runner.rows
-        tokens = self.runner.ops.gumbel_argmax(logits.float(), rows.temperature[row], rows.seed[row], start + 1)
-        rows.tokens[row, start + 1] = tokens.clamp(min=0).int()
-        return tokens
+    @torch.inference_mode()
+    def spare(self, busy: bool) -> bool:
+        """Capture one more shape if it is time for that; between steps. False: nothing is left for a pause."""
+        if self.broken:
+            return False
+        if not busy or (self.wanted and time.monotonic() >= self._not_before):
+            self._capture_next(busy)
+        return not self.broken and bool(self._todo or self.wanted)
+
+    def _capture_next(self, busy: bool) -> None:
+        began = time.monotonic()
+        shape = self._next(busy)
+        if shape is not None:
+            try:
+                self._capture(shape)
+            except Exception as error:
+                self.broken = True
+                log.warning("a step of %s could not be captured, and no more will be: %s", shape, error)
+        now = time.monotonic()
+        self._not_before = now + max(now - began, MIN_PAUSE_S) / BUSY_SHARE
+
+    def _next(self, busy: bool) -> Shape | None:
+        """Most wanted first; in a pause also what nobody has asked for yet."""
+        if sum([not shape.decode for shape in self.captured]) >= MAX_CHUNKS:
+            self.wanted = Counter({shape: n for shape, n in self.wanted.items() if shape.decode})
+            self._todo = [shape for shape in self._todo if shape.decode]
+        for shape, count in self.wanted.most_common(1):
+            if count >= MIN_WANTED or not busy:
+                return shape
+        while self._todo and not busy:
+            shape = self._todo.pop(0)
+            if shape not in self.captured:
+                return shape
+        return None
+
+    def _capture(self, shape: Shape) -> None:
+        del self.wanted[shape]
+        step = static_step(self.machine, shape)
+        self.staging.fill(step.inputs, lambda out: step.pack([], out))
+        self.captured[shape] = Captured(step, self.staging, *self.capture(step))

@@ -22,11 +22,15 @@ __all__ = ["lay_out", "lay_out_decode"]
 def lay_out(
     rows: Rows, row: Tensor, start: Tensor, n: Tensor, slots: Tensor, max_q: int, max_kv: int
 ) -> tuple[Tensor, Layout]:
-    """row, start, n (R,) int64, slots (T,) int64 -> token ids (T,) int64 and the layout. Extends `rows.slot_of`."""
+    """row, start, n (R,) int64, slots (T,) int64 -> token ids (T,) int64 and the layout. Extends `rows.slot_of`.
+
+    The sum of n must be T. Shapes and host integers alone decide what runs, so it can be captured.
+    """
     n_tokens = slots.shape[0]
     q_start = torch.nn.functional.pad(n.cumsum(0), (1, 0))
-    of = torch.repeat_interleave(n, output_size=n_tokens)  # (T,) which of the R rows
-    positions = start[of] + torch.arange(n_tokens, device=n.device) - q_start[of]
+    at = torch.arange(n_tokens, device=n.device)
+    of = torch.searchsorted(q_start[1:], at, right=True)  # (T,) which of the R rows; those of no tokens are passed over
+    positions = start[of] + at - q_start[of]
     token_row = row[of]
     rows.slot_of[token_row, positions] = slots.int()
     ids = rows.tokens[token_row, positions].long()

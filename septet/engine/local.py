@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from septet.engine.drawn import DrawnStep
     from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
     from septet.step import StepPlan
@@ -19,7 +20,7 @@ class LocalExecutor:
         self.runner = runner
         self.depth = depth
 
-    def launch(self, plan: StepPlan) -> StepOnDevice:
+    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
         return self.runner.run(plan)
 
     def constrain(self, grammars: Grammars, vocab_size: int) -> None:
@@ -27,6 +28,11 @@ class LocalExecutor:
         from septet.engine.constraints import Constraints
 
         self.runner.constraints = Constraints(grammars, vocab_size, self.runner.staging.device)
+
+    def spare(self, busy: bool) -> bool:
+        """Capture steps that were put off at the start."""
+        graphs = self.runner.graphs
+        return graphs is not None and graphs.spare(busy)
 
     def close(self) -> None:
         self.runner.graphs = None

@@ -7,7 +7,7 @@ request, so that the token sampled at the very end has a place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,41 +20,33 @@ if TYPE_CHECKING:
 
     from septet.engine.staging import Staging
     from septet.request import SamplingParams
-    from septet.step import Join
+    from septet.step import Join, PlanRow
 
 __all__ = ["RowInfo", "Rows"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowInfo:
-    """The host's side of a row: what the sampler must know beyond the plain values."""
+    """The host's side of a row: what the sampler must know beyond the plain values. Not changed after birth."""
 
     params: SamplingParams
     n_prompt: int
     end_ids: tuple[int, ...]  # eos and stop ids, forbidden before min_tokens
+    filters: bool = field(init=False)  # needs top-k, top-p or min-p
+    penalises: bool = field(init=False)
+    unadjusted: bool = field(init=False)  # its logits are drawn from as they are, or after top-k, top-p and min-p
+    plain: bool = field(init=False)  # temperature and seed are all it needs: the captured sampler serves it
+    masked: bool = field(init=False)  # these and the mask of its grammar, which also minds min_tokens
 
-    @property
-    def filters(self) -> bool:
-        """Needs top-k, top-p or min-p."""
+    def __post_init__(self) -> None:
         p = self.params
-        return not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-
-    @property
-    def penalises(self) -> bool:
-        p = self.params
-        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-
-    @property
-    def plain(self) -> bool:
-        """Temperature and seed are all it needs: the captured sampler serves it."""
-        return not self.filters and self.unadjusted
-
-    @property
-    def unadjusted(self) -> bool:
-        """Its logits are drawn from as they are, or after top-k, top-p and min-p."""
-        p = self.params
+        self.filters = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+        self.penalises = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         adjusts = self.penalises or p.logit_bias or p.min_tokens
-        return not (adjusts or p.logprobs is not None or p.structured is not None)
+        self.unadjusted = not (adjusts or p.logprobs is not None or p.structured is not None)
+        self.plain = not self.filters and self.unadjusted
+        others = self.filters or self.penalises or p.logit_bias or p.logprobs is not None
+        self.masked = p.structured is not None and not others
 
 
 class Rows:
@@ -98,6 +90,15 @@ class Rows:
         self.top_k[rows], self.seed[rows] = top_k, seed
         self.tokens[flat[0], flat[1]] = flat[2].int()
         self.slot_of[flat[3], flat[4]] = flat[5].int()
+
+    def write(self, plan_rows: Sequence[PlanRow], staging: Staging) -> None:
+        """Tokens that the host gives: forced ones, which nobody sampled."""
+        given = [row for row in plan_rows if row.tokens]
+        if given:
+            rows, at, tokens = _flat([(row.row, row.tokens) for row in given])
+            at += np.repeat(np.array([row.start for row in given], dtype=np.int64), [row.n for row in given])
+            row, position, token = staging.send([rows, at, tokens])
+            self.tokens[row, position] = token.int()
 
 
 def _flat(parts: list[tuple[int, tuple[int, ...]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

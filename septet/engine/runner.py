@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from septet.engine.drawn import DrawnStep
 from septet.engine.layout import lay_out, lay_out_decode
 from septet.engine.pooling import Pooling
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
+from septet.engine.staging import HostCopy
 from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
 
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from septet.engine.constraints import Answer, Constraints
+    from septet.engine.constraints import Answer, Constraints, TokenMasks
     from septet.engine.forward import Forward
-    from septet.engine.graphs import DecodeGraphs
+    from septet.engine.graphs import Captured, StepGraphs
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
     from septet.engine.taped import TapedDecode
@@ -35,25 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Runner", "StepOnDevice"]
 
 LOGPROB_ROWS = 64  # prompt positions whose logits are held at once
-
-
-class HostCopy:
-    """A tensor on its way to the host. `numpy()` waits for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.event = None
-        if tensor.is_cuda:
-            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.tensor.copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.tensor = tensor
-
-    def numpy(self) -> np.ndarray:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.tensor.numpy()
 
 
 class LogprobsCopy:
@@ -128,12 +111,14 @@ class StepOnDevice:
     def _judged(self, answer: Answer, results: list[RowResult]) -> list[RowResult]:
         """The results with what their grammars say."""
         answer.read()
-        ended = {self.picks[i][0] for i in answer.ended()}
-        errors = {self.picks[i][0]: error for i, error in answer.errors().items()}
+        verdicts = {self.picks[i][0]: verdict for i, verdict in answer.verdicts().items()}
         for k, got in enumerate(results):
-            got.ended = got.request in ended
-            if (error := errors.get(got.request)) is not None and got.error is None:
-                results[k] = RowResult(got.request, error=error.message, error_kind=error.kind)
+            verdict = verdicts.get(got.request)
+            if verdict is None or got.error is not None:
+                continue
+            got.forced, got.ended = verdict.forced, verdict.ended
+            if verdict.error is not None:
+                results[k] = RowResult(got.request, error=verdict.error.message, error_kind=verdict.error.kind)
         return results
 
 
@@ -158,6 +143,17 @@ class Sent:
     pick_position: Tensor
 
 
+def _kind(rows: Sequence[PlanRow]) -> tuple[bool, bool]:
+    """(every row samples one token or none and asks for nothing else, every row computes one token and samples)."""
+    decode = True
+    for row in rows:
+        if row.n_sample > 1 or row.prompt_logprobs or row.pooling:
+            return False, False
+        if row.n != 1 or row.n_sample != 1:
+            decode = False
+    return True, decode
+
+
 class Runner:
     def __init__(self, forward: Forward, ops: Ops, kv: list[LayerKV], rows: Rows, staging: Staging) -> None:
         self.forward = forward
@@ -165,31 +161,36 @@ class Runner:
         self.kv = kv
         self.rows = rows
         self.staging = staging
-        self.graphs: DecodeGraphs | TapedDecode | None = None
+        self.graphs: StepGraphs | TapedDecode | None = None
         self.constraints: Constraints | None = None
         self.pooling = Pooling()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepOnDevice:
+    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
         self.rows.join(plan.joins, self.staging)
+        self.rows.write(plan.rows, self.staging)
         if self.constraints is not None:
             self.constraints.join(plan.joins)
-        picks = self._picks(plan.rows)
-        decode = all(r.n == 1 and r.n_sample == 1 and not (r.prompt_logprobs or r.pooling) for r in plan.rows)
-        if decode and self.graphs is not None and self.graphs.fits(len(plan.rows)):
-            return self._captured(plan, picks)
-        return self._eager(plan, picks, decode)
+        usual, decode = _kind(plan.rows)
+        found = self.graphs.find(plan.rows, decode) if self.graphs is not None and usual else None
+        return self._eager(plan, self._picks(plan.rows), decode) if found is None else self._captured(plan, found)
 
-    def _captured(self, plan: StepPlan, picks: list[tuple[str, Pick]]) -> StepOnDevice:
+    def _captured(self, plan: StepPlan, found: Captured | TapedDecode) -> StepOnDevice | DrawnStep:
+        """Replay the step; what its sampler can't draw is drawn here from its logits."""
         assert self.graphs is not None
-        plain = all(self.graphs.serves(pick.info) for _, pick in picks)
-        out = self.graphs.run(plan.rows, sample=plain)
-        n = len(plan.rows)
+        sampling = [row for row in plan.rows if row.n_sample]
+        plain = all(map(self.graphs.serves, [self.rows.info[row.row] for row in sampling]))
+        out = found.run(plan.rows, sample=plain)
+        n = len(sampling)
         if plain:
-            return StepOnDevice(plan.step, picks, HostCopy(out.tokens[:n]), None, [])
-        sampled = self._sample(out.logits[:n], picks, out.row[:n], out.start[:n] + 1)
-        return self._written(plan, picks, sampled, out.row[:n], out.start[:n] + 1, [])
+            requests = [row.request for row in sampling]
+            return DrawnStep(plan.step, requests, HostCopy(out.tokens[: max(n, 1)]))  # one at least, to be waited for
+        picks, row, position = self._picks(plan.rows), out.row[:n], out.position()[:n]
+        if all(self.graphs.serves_masked(pick.info) for _, pick in picks):
+            found.draw_masked(self._masks(picks))
+            return self._followed(plan, picks, HostCopy(out.tokens[:n]), None, [])
+        return self._written(plan, picks, self._sample(out.logits[:n], picks, row, position), row, position, [])
 
     def _eager(self, plan: StepPlan, picks: list[tuple[str, Pick]], decode: bool) -> StepOnDevice:
         sent = self._send(plan.rows, picks)
@@ -212,9 +213,10 @@ class Runner:
 
     def _sample(self, logits: Tensor, picks: list[tuple[str, Pick]], row: Tensor, position: Tensor) -> Sampled:
         """The forward pass is under way: now wait for the masks, which need the tokens of the step before."""
-        chosen = [pick for _, pick in picks]
-        masks = self.constraints.masks(chosen) if self.constraints is not None else None
-        return sample(self.ops, logits, chosen, self.rows, row, position, masks)
+        return sample(self.ops, logits, [pick for _, pick in picks], self.rows, row, position, self._masks(picks))
+
+    def _masks(self, picks: list[tuple[str, Pick]]) -> TokenMasks | None:
+        return self.constraints.masks([pick for _, pick in picks]) if self.constraints is not None else None
 
     def _written(
         self,
@@ -227,7 +229,17 @@ class Runner:
     ) -> StepOnDevice:
         self.rows.tokens[row, position] = sampled.tokens.clamp(min=0).int()
         logprobs = LogprobsCopy(sampled.logprobs) if sampled.logprobs is not None else None
-        tokens = HostCopy(sampled.tokens)
+        return self._followed(plan, picks, HostCopy(sampled.tokens), logprobs, prompts)
+
+    def _followed(
+        self,
+        plan: StepPlan,
+        picks: list[tuple[str, Pick]],
+        tokens: HostCopy,
+        logprobs: LogprobsCopy | None,
+        prompts: list[PromptPart],
+    ) -> StepOnDevice:
+        """The tokens are on their way, and the grammars will read them."""
         answer = self.constraints.follow([pick for _, pick in picks], tokens) if self.constraints is not None else None
         return StepOnDevice(plan.step, picks, tokens, logprobs, prompts, answer)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from septet.engine.buckets import Shapes
 from septet.errors import InvalidRequest, OutOfMemory
-from septet.geometry import activation_bytes, kv_bytes_per_token, row_state_bytes
+from septet.geometry import DTYPE_BYTES, activation_bytes, kv_bytes_per_token, row_state_bytes
 
 if TYPE_CHECKING:
     from septet.config import EngineConfig, ModelConfig
 
-__all__ = ["Choice", "Sizes", "resolve_sizes"]
+__all__ = ["Choice", "Sizes", "captured_bytes", "resolve_sizes"]
 
 MIB = 1 << 20
 Choice = tuple[str, str, str]  # (setting, value, reason)
@@ -22,7 +23,8 @@ Choice = tuple[str, str, str]  # (setting, value, reason)
 CPU_SEQS, GPU_SEQS = 64, 256
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 8192
 CPU_KV_SHARE = 0.25  # of the memory that is available: the rest belongs to the machine's other work
-GPU_RESERVE = 1024 * MIB  # CUDA context, library workspaces, captured steps
+GPU_RESERVE = 640 * MIB  # library workspaces, kernels, what the allocator rounds up
+GRAPH_BYTES = 4 * MIB  # one captured step: its kernels' arguments, on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,17 @@ def _kv_budget(
         budget = int((free - weights) * CPU_KV_SHARE) - rows
         return max(budget, 0), f"a quarter of {max(free - weights, 0) // MIB} MiB free after the weights"
     temporaries = activation_bytes(model, step, seqs, dtype)
-    budget = int(free * engine.memory_utilization) - weights - temporaries - rows - GPU_RESERVE
+    graphs = 0 if engine.enforce_eager else captured_bytes(model, Shapes.of(seqs, length, step), dtype)
+    budget = int(free * engine.memory_utilization) - weights - temporaries - rows - graphs - GPU_RESERVE
     return max(budget, 0), (
         f"{free // MIB} MiB free x {engine.memory_utilization:g} - weights {weights // MIB} - activations "
-        f"{temporaries // MIB} - row tables {rows // MIB} - reserve {GPU_RESERVE // MIB} = {max(budget, 0) // MIB} MiB"
+        f"{temporaries // MIB} - row tables {rows // MIB} - captured steps {graphs // MIB} - reserve "
+        f"{GPU_RESERVE // MIB} = {max(budget, 0) // MIB} MiB"
     )
+
+
+def captured_bytes(model: ModelConfig, shapes: Shapes, dtype: str) -> int:
+    """The memory of captured steps: one pool, as large as the largest of them needs, and each graph's own."""
+    tokens, logits = max(shapes.max_tokens, shapes.max_rows), shapes.max_rows * model.vocab_size
+    pool = activation_bytes(model, tokens, 0, dtype) + logits * (DTYPE_BYTES[dtype] + 4)  # and the sampler's float32
+    return pool + shapes.max_graphs * GRAPH_BYTES

@@ -1,6 +1,6 @@
 """Decode steps on the tape: rows' tables in, sampled tokens out, one native call.
 
-Called by the runner for steps in which every row computes one token, as `DecodeGraphs` is on a GPU: the native side
+Called by the runner for steps in which every row computes one token, as `StepGraphs` is on a GPU: the native side
 reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p). What
 needs more (penalties, grammars, log-probabilities) takes the logits from here and samples in Python.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.constraints import TokenMasks
     from septet.engine.rows import RowInfo, Rows
     from septet.kernels.native.tape import Tape
     from septet.step import PlanRow
@@ -36,6 +37,10 @@ class Buffers:
     start: Tensor  # (max_rows,) int64
     logits: Tensor  # (max_rows, V) float32
     tokens: Tensor  # (n,) int64, of this step alone
+
+    def position(self) -> Tensor:
+        """(max_rows,) int64: where the tokens stand."""
+        return self.start + 1
 
 
 class TapedDecode:
@@ -63,12 +68,24 @@ class TapedDecode:
             **{name: getattr(rows, name).data_ptr() for name in tables},
         )
 
-    def fits(self, n_rows: int) -> bool:
-        return 0 < n_rows <= self.max_rows
+    def find(self, rows: Sequence[PlanRow], decode: bool) -> TapedDecode | None:
+        """Itself where it can run these rows; decode: each computes and samples one token."""
+        return self if decode and 0 < len(rows) <= self.max_rows else None
 
-    def serves(self, info: RowInfo) -> bool:
-        """Can `run` draw this row's token itself?"""
-        return info.unadjusted
+    def serves(self, info: RowInfo | None) -> bool:
+        """Can `run` draw this row's token itself? (None: nobody has joined it.)"""
+        return info is not None and info.unadjusted
+
+    def serves_masked(self, info: RowInfo) -> bool:
+        """The same, if it were given the row's mask."""
+        return False
+
+    def draw_masked(self, masks: TokenMasks | None) -> None:
+        raise NotImplementedError
+
+    def spare(self, busy: bool) -> bool:
+        """Nothing is put off."""
+        return False
 
     def run(self, rows: Sequence[PlanRow], sample: bool) -> Buffers:
         """One step; with `sample`, tokens are drawn and written to the rows' state."""

@@ -378,6 +378,9 @@ class Hands:
             raise RuntimeError("the device coughed at 0xdeadbeef")
         return Held(self, pending, where)
 
+    def spare(self, busy):
+        return self.inner.spare(busy)
+
     def close(self):
         self.gate.set()
         self.inner.close()

@@ -102,12 +102,18 @@ class ScriptedExecutor:
     bad_launch: frozenset[int] = frozenset()
     bad_result: frozenset[int] = frozenset()
     closed: bool = False
+    pieces: int = 0  # of work that waits for a pause
+    spares: list = field(default_factory=list)  # busy or not, of each call
 
     def launch(self, plan):
         if plan.step in self.bad_launch:
             raise RuntimeError(f"launch {plan.step}")
         self.calls.append(("launch", plan.step))
         return Pending(plan.step, self)
+
+    def spare(self, busy):
+        self.spares.append(busy)
+        return self.spares.count(False) < self.pieces
 
     def close(self):
         self.closed = True
@@ -134,6 +140,7 @@ def build(script, plans=(), depth=1, **options):
     executor = ScriptedExecutor(
         depth, calls, **{k: frozenset(options.pop(k)) for k in ("bad_launch", "bad_result") if k in options}
     )
+    executor.pieces = options.pop("pieces", 0)
     return EngineLoop(scheduler, executor, box, box, **options), box, calls
 
 
@@ -171,6 +178,15 @@ def test_waits_only_with_nothing_to_do():
     loop.run()
     # at birth for ever; two busy turns; a turn that finds nothing to do; a moment, then housekeeping; for ever
     assert box.waits[:6] == [None, 0.0, 0.0, 0.25, None, None]
+
+
+def test_work_that_can_wait_is_done_piece_by_piece_in_a_pause():
+    loop, box, _ = build([[]] * 8, [plan(0), plan(1)], pause_s=0.25, pieces=3)
+    loop.idle = False
+    loop.run()
+    # two busy turns; a turn that finds nothing to do; a moment, three pieces with a look at the inbox between; for ever
+    assert box.waits[:7] == [0.0, 0.0, 0.0, 0.25, 0.0, 0.0, None]
+    assert loop.executor.spares == [True, True, True, False, False, False]
 
 
 def test_an_idle_loop_does_not_spin():
