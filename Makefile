@@ -6,7 +6,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || e
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup dev demo serve check format test test-gpu bench-engine bench-cpu clean
+.PHONY: help setup dev demo serve check format test test-slow test-gpu bench-engine bench-cpu bench-http clean
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -48,6 +48,9 @@ test: dev  ## unit, cpu, contract and end-to-end tests
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
 	@$(BIN)/python -m pytest tests/e2e
 
+test-slow: dev  ## perplexity of every block type: minutes, not part of test
+	@$(BIN)/python -m pytest -m slow tests
+
 test-gpu:  ## kernels and engine on this machine's GPU, with the Python that is there (PYTHON=...)
 	@$(PYTHON) -m pytest tests/gpu
 
@@ -62,6 +65,9 @@ bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 row
 
 bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU, in one run: a table and JSON
 	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json
+
+bench-http: setup  ## what the HTTP server costs at 1, 8 and 32 streaming clients
+	@$(BIN)/python -m septet.bench.http_load --json benchmarks/results/cpu/http.json
 
 bench-structured: setup  ## rate of constrained answers against free ones, at 1, 8 and 32 streams
 	@$(BIN)/python -m septet.bench.structured
