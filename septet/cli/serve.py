@@ -1,17 +1,24 @@
-"""`septet serve MODEL`: the HTTP server of one model.
+"""`septet serve [MODEL...]`: the HTTP server of one model, of several, or of all that are pulled.
 
-Takes the address first, then starts the engine, prints what was decided and why, and serves until a signal.
+Takes the address first, then starts the engine, prints what was decided and why, and serves until a signal. One model
+is loaded at start and stays; more are loaded and unloaded by the pool (`many.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from septet.cli.many import KeepAlive, Many, pool_of
+from septet.errors import InvalidRequest
+
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from septet.session.session import Session
 
 __all__ = ["engine_options", "serve"]
@@ -81,7 +88,13 @@ def engine_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option(
+    "--keep-alive", type=KeepAlive(), help="How long an idle model stays loaded: 5m, 300, -1 = for ever [5m]."
+)
+@click.option("--memory-budget", type=Bytes(), default=0, help="For all loaded models, as 4G [0: auto].")
+@click.option("--preload", multiple=True, metavar="MODEL", help="Load at start, and keep.")
+@click.option("--manage/--no-manage", default=None, help="Clients may pull, create and delete models [on loopback].")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--served-model-name", multiple=True, help="Name in the API (several: aliases) [the model's].")
@@ -95,7 +108,11 @@ def engine_options(command: Any) -> Any:
 @click.option("--enable-auto-tool-choice", is_flag=True, hidden=True, help="As vLLM's; always on here.")
 @engine_options
 def serve(
-    model: str,
+    models: tuple[str, ...],
+    keep_alive: float | None,
+    memory_budget: int,
+    preload: tuple[str, ...],
+    manage: bool | None,
     host: str,
     port: int,
     served_model_name: tuple[str, ...],
@@ -105,12 +122,21 @@ def serve(
     enable_auto_tool_choice: bool,
     **options: Any,
 ) -> None:
-    """Serve MODEL over HTTP with OpenAI's API.
+    """Serve models over HTTP: the APIs of OpenAI, Ollama and others (docs/api.md).
 
-    MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path.
+    MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path. One is loaded now and
+    stays. Several, or all in the store if none is named, are loaded when they are asked for and unloaded when idle.
     """
     from septet.serve.app import Settings
+    from septet.serve.guard import is_loopback
 
+    many = Many(
+        names=models,
+        keep_alive_s=keep_alive,
+        budget=memory_budget,
+        preload=preload,
+        manages=is_loopback(host) if manage is None else manage,
+    )
     settings = Settings(
         host=host,
         port=port,
@@ -119,27 +145,42 @@ def serve(
         allowed_origins=allowed_origin,
         drain_s=shutdown_timeout,
     )
-    sys.exit(asyncio.run(_serve(model, settings, options)))
+    sys.exit(asyncio.run(_serve(many, settings, options)))
 
 
-async def _serve(model: str, settings: Any, options: dict[str, Any]) -> int:
-    from septet.cli.run import started
+async def _serve(many: Many, settings: Any, options: dict[str, Any]) -> int:
     from septet.serve.app import Service, bind, serve_forever
 
     sock = bind(settings.host, settings.port)
     try:
-        async with started(model, options) as session:
-            print_choices(session)
-            service = Service(session, settings)
+        async with _models(many, settings, options) as models:
+            service = Service(models, settings)
             port = sock.getsockname()[1]
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
 
             def ready() -> None:
-                click.echo(f"serving {', '.join(service.names)} at http://{shown}:{port}/v1 (pid {_pid()})", err=True)
+                names = ", ".join(service.names) or "no model yet (septet pull smollm2)"
+                click.echo(f"serving {names} at http://{shown}:{port}/v1 (pid {_pid()})", err=True)
 
             return await serve_forever(service, sock, ready)
     finally:
         sock.close()
+
+
+@asynccontextmanager
+async def _models(many: Many, settings: Any, options: dict[str, Any]) -> AsyncIterator[Any]:
+    """One session that stays, or the pool."""
+    if many.wanted:
+        if settings.served_names:
+            raise InvalidRequest("--served-model-name is for one model that stays loaded", param="served_model_name")
+        async with pool_of(many, options) as pool:
+            yield pool
+        return
+    from septet.cli.run import started
+
+    async with started(many.names[0], options) as session:
+        print_choices(session)
+        yield session
 
 
 def _pid() -> int:
