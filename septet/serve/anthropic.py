@@ -179,8 +179,10 @@ async def models(service: Service, scope: Scope, receive: Receive, reply: Reply)
     after, before = query.get("after_id", [""])[-1], query.get("before_id", [""])[-1]
     first = names.index(after) + 1 if after in names else 0
     last = names.index(before) if before in names else len(names)
-    page = cards[first:last][: int(limit)] if not before else cards[max(first, last - int(limit)) : last]
-    more = (first > 0 and page != cards[:last]) if before else len(cards[first:last]) > len(page)
+    if before:
+        page, more = cards[max(first, last - int(limit)) : last], last - int(limit) > first
+    else:
+        page, more = cards[first : min(last, first + int(limit))], first + int(limit) < last
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     await _json(reply, {"data": page, "has_more": more, **ends})
 
