@@ -17,7 +17,9 @@ from septet.serve.errors import ClientGone, HttpError
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
-__all__ = ["decode_object", "keep_body", "read_object"]
+    from septet.serve.app import Service
+
+__all__ = ["body_of", "decode_object", "keep_body", "read_object"]
 
 _KEPT = "septet.body"  # in the scope: a body that was read already
 
@@ -38,6 +40,12 @@ async def read_object(scope: Scope, receive: Receive, *, max_bytes: int, timeout
     except TimeoutError:
         raise HttpError(408, f"the request body did not arrive within {timeout_s:g} s") from None
     return decode_object(body)
+
+
+async def body_of(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:
+    """The body under the server's own limits."""
+    settings = service.settings
+    return await read_object(scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
 
 
 def keep_body(scope: Scope, body: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from septet.serve.structured import structured_of
 from septet.serve.tools import checked_calls, checked_id, tool_choice
 from septet.session.reading import Reading
 
-__all__ = ["Call", "ChatCall", "CompletionCall", "parse_chat", "parse_completion"]
+__all__ = ["Call", "ChatCall", "CompletionCall", "messages_of", "parse_chat", "parse_completion", "template_options"]
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
@@ -97,9 +97,9 @@ def parse_completion(body: dict[str, Any]) -> CompletionCall:
 
 def parse_chat(body: dict[str, Any]) -> ChatCall:
     fields = Fields(body, CHAT)
-    messages = _messages(fields)
+    messages = messages_of(fields)
     own = {"max_tokens": _chat_max_tokens(fields), "logprobs": _chat_logprobs(fields)}
-    options = _template_options(fields)
+    options = template_options(fields)
     if fields.boolean("add_special_tokens", False):
         raise InvalidRequest(
             "add_special_tokens is not supported for chat: the template writes them", param="add_special_tokens"
@@ -135,7 +135,7 @@ def _shared(fields: Fields, params: SamplingParams) -> dict[str, Any]:
     if stream and fields.given("prompt_logprobs"):
         raise InvalidRequest("prompt_logprobs can't be streamed; set stream to false", param="prompt_logprobs")
     return {
-        "model": fields.string("model", "") if fields.given("model") else None,
+        "model": fields.optional_string("model"),
         "params": params,
         "stream": stream,
         "include_usage": _include_usage(fields, stream),
@@ -181,7 +181,7 @@ def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
     return {int(key): value for key, value in bias.items()}
 
 
-def _template_options(fields: Fields) -> dict[str, Any]:
+def template_options(fields: Fields) -> dict[str, Any]:
     """What `ChatTemplate.render` gets besides the messages; it holds the kwargs to the template's own variables."""
     options = dict(fields.object("chat_template_kwargs"))
     for name in RESERVED & set(options):
@@ -245,7 +245,7 @@ def _prompts(fields: Fields) -> list[str | list[int]]:
     return prompt
 
 
-def _messages(fields: Fields) -> list[dict[str, Any]]:
+def messages_of(fields: Fields) -> list[dict[str, Any]]:
     messages = fields.array("messages")
     if not messages:
         raise InvalidRequest("messages must be an array with at least one message", param="messages")

@@ -179,6 +179,9 @@ class Fields:
     def string(self, name: str, default: str) -> str:
         return self._typed(name, str, default, "a string")
 
+    def optional_string(self, name: str) -> str | None:
+        return self.string(name, "") if self.given(name) else None
+
     def object(self, name: str) -> dict[str, Any]:
         return self._typed(name, dict, {}, "an object")
 

@@ -12,7 +12,8 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from septet.serve.body import read_object
+from septet.serve import openai_embeddings, openai_tokens
+from septet.serve.body import body_of
 from septet.serve.calls import ChatCall, CompletionCall, parse_chat, parse_completion
 from septet.serve.dialect import Dialect
 from septet.serve.fields import CHAT, COMPLETION, MESSAGES, PROMPT, schema_of
@@ -54,18 +55,13 @@ def _card(card: ModelCard) -> dict[str, Any]:
 
 # -- generation -------------------------------------------------------------------------------------------------------
 async def chat(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_chat(await _body(service, scope, receive))
+    call = parse_chat(await body_of(service, scope, receive))
     await until_gone(receive, _answer(service, call, reply, _chat_shape))
 
 
 async def completions(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_completion(await _body(service, scope, receive))
+    call = parse_completion(await body_of(service, scope, receive))
     await until_gone(receive, _answer(service, call, reply, _completion_shape))
-
-
-async def _body(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:
-    settings = service.settings
-    return await read_object(scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
 
 
 async def _chat_shape(session: Session, call: ChatCall, name: str) -> ChatShape:
@@ -136,8 +132,12 @@ OPENAI = Dialect(
         ("GET", "/v1/models/{model:path}", model),
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat),
+        *openai_embeddings.ROUTES,
+        *openai_tokens.ROUTES,
     ),
     schemas={
+        **openai_embeddings.SCHEMAS,
+        **openai_tokens.SCHEMAS,
         "/v1/completions": schema_of(COMPLETION, "prompt", prompt=PROMPT),
         "/v1/chat/completions": schema_of(CHAT, "messages", messages=MESSAGES),
     },

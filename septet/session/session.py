@@ -132,19 +132,23 @@ class Session:
         text = await asyncio.to_thread(self.template.render, list(messages), **options)
         return Prompt(self._fitting(await self._encode(text, False)), str(text))
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+    async def token_ids(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """A text of any length as tokens: to be counted or shown, it need not fit the context."""
+        return await self._encode(text, add_special_tokens, must_fit=False)
+
+    async def _encode(self, text: str, add_special_tokens: bool, *, must_fit: bool = True) -> Sequence[int]:
         if len(text) < LONG_TEXT and not self._long_texts:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         self._long_texts += 1
         try:
-            return await asyncio.to_thread(self._encode_long, text, add_special_tokens)
+            return await asyncio.to_thread(self._encode_long, text, add_special_tokens, must_fit)
         finally:
             self._long_texts -= 1
 
-    def _encode_long(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+    def _encode_long(self, text: str, add_special_tokens: bool, must_fit: bool) -> Sequence[int]:
         """Refuses a hopeless length before the work."""
         limit = self.limits.max_model_len
-        if len(text) <= SANE_CHARS_PER_TOKEN * limit:
+        if not must_fit or len(text) <= SANE_CHARS_PER_TOKEN * limit:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         try:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=limit - 1)
