@@ -117,6 +117,5 @@ def _kv_budget(
 
 def captured_bytes(model: ModelConfig, shapes: Shapes, dtype: str) -> int:
     """The memory of captured steps: one pool, as large as the largest of them needs, and each graph's own."""
-    tokens, logits = max(shapes.max_tokens, shapes.max_rows), shapes.max_rows * model.vocab_size
-    pool = activation_bytes(model, tokens, 0, dtype) + logits * (DTYPE_BYTES[dtype] + 4)  # and the sampler's float32
-    return pool + shapes.max_graphs * GRAPH_BYTES
+    tokens, logits = max(shapes.max_tokens, shapes.max_rows), shapes.max_rows * model.vocab_size * DTYPE_BYTES[dtype]
+    return activation_bytes(model, tokens, 0, dtype) + logits + shapes.max_graphs * GRAPH_BYTES

@@ -68,8 +68,10 @@ class StaticStep:
     def forward(self) -> None:
         machine = self.machine
         ids, layout, at = self.lay_out()
-        hidden = machine.model.hidden(ForwardBatch(ids, layout, machine.kv, layout.rows if at is None else at))
-        self.logits = machine.model.logits(hidden if at is None else machine.ops.take_rows(hidden, at))
+        if at is None:
+            self.logits = machine.model.decode(ForwardBatch(ids, layout, machine.kv, layout.rows))
+        else:
+            self.logits = machine.model.forward(ForwardBatch(ids, layout, machine.kv, at))
 
     def draw(self) -> None:
         """Sample by temperature, seed and `masks` alone; the tokens go to `machine.tokens` and to the rows' state."""
