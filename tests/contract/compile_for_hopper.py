@@ -70,9 +70,9 @@ def attention_of(n_tokens: int, n_rows: int, dim: int, window: bool = False, cap
     return compile_one(attention._attention_kernel, const, t.num_warps, t.num_stages, out_ptr=out)
 
 
-def gemv_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, Any]:
-    s = gemv.shape_of(n_out, n_in, rows, act)
-    const = {"K": n_in, "M": triton.next_power_of_2(rows), "ROWS": rows, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
+def gemv_of(n_out: int, n_in: int, act: bool = False) -> dict[str, Any]:
+    s = gemv.shape_of(n_out, n_in, act)
+    const = {"K": n_in, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
     const |= {"EVEN_N": n_out % s.block_n == 0, "NORM": act, "ACT": act, "GELU": False, "RESIDUAL": not act}
     return compile_one(gemv._gemv_kernel, {**const, "BIAS": False, "PDL": True}, s.num_warps)
 
@@ -86,7 +86,7 @@ def skinny_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, 
 
 def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str, Any]:
     const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": decode.splits_of(rows, 8, 8192, 132), "PARTS": parts}
-    const |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_E": max(32, dim), "STAGES": 3, "NORM": extras, "WINDOW": extras}
+    const |= {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_E": max(32, dim), "STAGES": 2, "NORM": extras, "WINDOW": extras}
     return compile_one(
         decode._decode_kernel, {**const, "CAP": extras, "PDL": True}, 4, qkv_ptr=BF16 if parts == 1 else F32
     )
@@ -107,8 +107,8 @@ def main() -> None:
                 "norm of parts": compile_one(
                     norm._norm_kernel, {"PARTS": 4, "ADD": True, "BLOCK": 4096, "PDL": True}, 16, x_ptr=F32
                 ),
-                "gemv 1 row": gemv_of(4096, 14336, 1),
-                "gemv 4 rows, pair": gemv_of(8192, 2048, 4, act=True),
+                "gemv": gemv_of(4096, 14336),
+                "gemv, pair": gemv_of(8192, 2048, act=True),
                 "skinny 32 rows": skinny_of(4096, 14336, 32),
                 "skinny 64 rows, pair": skinny_of(8192, 2048, 64, act=True),
                 "decode 1 row": decode_of(1, 64, 1),

@@ -29,6 +29,7 @@ __all__ = ["decode_attention", "splits_of"]
 
 BLOCK_M = 16  # rows of the smallest matrix instruction: the query heads of one KV head, the rest idle
 MAX_SPLITS = 32
+SPLIT_TOKENS = 128  # of context that a program reads at least
 
 
 @triton.jit
@@ -124,6 +125,8 @@ def _decode_kernel(
     turns = tl.cdiv(past - key_lo, BLOCK_N)
     share = tl.maximum(tl.cdiv(turns, SPLITS), 1) * BLOCK_N
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
+    if split >= used:  # room for the next kernel; the others' waiting keeps the order
+        return
     lo = key_lo + split * share
     hi = tl.minimum(lo + share, past)
     slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
@@ -136,8 +139,6 @@ def _decode_kernel(
     sin = tl.load(angle + half, mask=at < half, other=0.0)[None, :]
     if PDL:
         gdc_wait()
-    if split >= used:
-        return
     line = row.to(tl.int64) * ((RATIO + 2) * G * E)
     inside = (m < RATIO)[:, None] & (at < half)[None, :]
     q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m)[:, None] * E, at[None, :], inside, half, cos, sin,
@@ -210,7 +211,7 @@ def _decode_kernel(
 
 def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
     """A power of two that gives each multiprocessor about two programs; each then reads at least one tile."""
-    wanted = min(2 * n_sms // max(n_rows * n_kv, 1), -(-max_context // 64), MAX_SPLITS)
+    wanted = min(2 * n_sms // max(n_rows * n_kv, 1), -(-max_context // SPLIT_TOKENS), MAX_SPLITS)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 
@@ -239,7 +240,7 @@ def decode_attention(
     ratio = width // dim // n_kv - 2
     out = torch.empty(n_rows, ratio * n_kv * dim, dtype=dtype, device=qkv.device)
     block_e = max(triton.next_power_of_2(dim), 32)
-    block_n = 64 if block_e * kv.k.element_size() <= 512 else 32
+    block_n = max(min(128 * 256 // (block_e * kv.k.element_size()), 128), 32)  # measured: 128 tokens a turn
     context = layout.max_kv if window is None else min(layout.max_kv, window)
     splits = splits_of(n_rows, n_kv, context, n_sms)
     block_m = max(BLOCK_M, triton.next_power_of_2(ratio))
@@ -254,6 +255,6 @@ def decode_attention(
         cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, eps, 0 if window is None else window,
         scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
         G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_E=block_e,
-        STAGES=3, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0, num_warps=4, **launch_options(),
+        STAGES=2, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0, num_warps=4, **launch_options(),
     )  # fmt: skip
     return out

@@ -5,8 +5,8 @@ under CUDA graph capture: grids and tile sizes follow from tensor shapes and the
 nothing is read back. Products of many rows stay with torch (cuBLAS). Knows no layers, requests or models.
 
     tokens in the step   products                        what is fused (lazy.py)
-    1 to 4               gemv.py: W at memory speed      norm before, activation or residual after
-    5 to 64              skinny.py, split over K         activation; the parts are summed by the residual norm
+    1                    gemv.py: W at memory speed      norm before, activation or residual after
+    2 to 128             skinny.py, split over K         activation; the parts are summed by the residual norm
     more                 cuBLAS                          -
     one a row            decode.py                       head norm, rotation, KV write, attention, merge
 """
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from septet.kernels.reference import ReferenceOps
-from septet.kernels.triton import gemv as few
 from septet.kernels.triton import skinny as some
 from septet.kernels.triton.act import gated_act
 from septet.kernels.triton.attention import attention
 from septet.kernels.triton.decode import decode_attention
 from septet.kernels.triton.embed import embed
+from septet.kernels.triton.gemv import gemv
 from septet.kernels.triton.lazy import Gated, Normed, Product, Rotated
 from septet.kernels.triton.mask import apply_mask
 from septet.kernels.triton.norm import add_rms_norm, rms_norm, sum_parts
@@ -74,25 +74,20 @@ class TritonOps(ReferenceOps):
     # -- products -----------------------------------------------------------------------------------------------------
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
-        if (
-            self.fuse
-            and weight.is_contiguous()
-            and rows > 0
-            and (rows <= few.MAX_ROWS or some.fits(rows, *weight.shape))
-        ):
-            kept = x if isinstance(x, Normed) and rows <= few.MAX_ROWS else self.value(x)
+        if self.fuse and weight.is_contiguous() and rows > 0 and (rows == 1 or some.fits(rows, *weight.shape)):
+            kept = x if isinstance(x, Normed) and rows == 1 else self.value(x)
             return cast("Tensor", Product(kept, weight, bias))
         return super().linear(self.value(x), weight, bias)
 
     def _product(self, p: Product, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         """(T, N), or float32 parts (P, T, N). residual and act: for what gemv.py computes (act: skinny.py too)."""
-        if p.shape[0] > few.MAX_ROWS:
+        if p.shape[0] > 1:
             return some.skinny(cast("Tensor", p.x), p.weight, p.bias, act)
         if isinstance(p.x, Normed):
-            return few.gemv(
+            return gemv(
                 p.x.x, p.weight, norm=p.x.weight, eps=p.x.eps, bias=p.bias, residual=residual, act=act
             )  # fmt: skip
-        return few.gemv(p.x, p.weight, bias=p.bias, residual=residual, act=act)
+        return gemv(p.x, p.weight, bias=p.bias, residual=residual, act=act)
 
     def _gated(self, g: Gated) -> Tensor:
         return self._product(g.gate_up, act=g.act)
@@ -114,14 +109,14 @@ class TritonOps(ReferenceOps):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         residual = self.value(residual)
         if isinstance(x, Product):
-            if x.shape[0] <= few.MAX_ROWS:
+            if x.shape[0] == 1:
                 total = self._product(x, residual=residual)
                 return cast("Tensor", Normed(total, weight, eps)), total
             x = self._product(x)  # float32 parts are summed by the norm
         return add_rms_norm(self.value(x), residual, weight, eps)
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-        if self.fuse and x.dim() == 2 and 0 < x.shape[0] <= few.MAX_ROWS:
+        if self.fuse and x.dim() == 2 and x.shape[0] == 1:
             return cast("Tensor", Normed(x, weight, eps))
         return None
 

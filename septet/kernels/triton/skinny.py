@@ -1,4 +1,4 @@
-"""y = x W^T for a few dozen rows of x: W is the tall side of each tensor-core product and is read once.
+"""y = x W^T for 2 to 128 rows of x: W is the tall side of each tensor-core product and is read once.
 
 Called by `TritonOps` for decode batches between gemv.py's and cuBLAS's. Matrices with few rows are split over K as
 well; the parts, float32, are summed by whoever reads them next (`Parts`): the residual norm, the attention prologue.
@@ -21,7 +21,7 @@ from septet.kernels.triton.pdl import launch_options
 
 __all__ = ["MAX_ROWS", "Shape", "fits", "shape_of", "skinny"]
 
-MAX_ROWS = 64
+MAX_ROWS = 128
 
 
 @triton.jit
@@ -99,13 +99,14 @@ def fits(n_rows: int, n_out: int, n_in: int) -> bool:
 
 
 def shape_of(n_out: int, n_in: int, n_rows: int, act: bool) -> Shape:
-    """Measured on an H100 with cold L2: as many programs as fill it, by splitting K where rows of W are few."""
-    block_n, block_k = 64, 128
-    splits = 1
-    if not act:
-        while n_out // block_n * splits < 2 * 132 and splits < 8 and n_in // (2 * splits) % block_k == 0:
-            splits *= 2
-    return Shape(block_n, 64 if act else block_k, splits, 4, 4)
+    """Measured on an H100 with cold L2: as many programs as fill it, by splitting K where rows of W are few. Parts cost
+    traffic that grows with the rows of x, so that fewer programs are best there."""
+    if act:
+        return Shape(64, 128, 1, 8, 3) if n_rows > 64 else Shape(64, 128, 1, 4, 4)
+    splits, enough = 1, 256 if n_rows <= 32 else 96
+    while n_out // 64 * splits < enough and splits < 4 and n_in % (256 * splits) == 0:
+        splits *= 2
+    return Shape(64, 128, splits, 4, 4)
 
 
 def skinny(
