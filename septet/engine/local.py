@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+import torch
+
+from septet.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from septet.engine.drawn import DrawnStep
@@ -11,6 +16,8 @@ if TYPE_CHECKING:
     from septet.step import StepPlan
 
 __all__ = ["LocalExecutor"]
+
+log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
@@ -21,7 +28,19 @@ class LocalExecutor:
         self.depth = depth
 
     def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
-        return self.runner.run(plan)
+        """Where memory runs out: once more without what the allocator keeps. OutOfMemory if that does not help."""
+        try:
+            return self.runner.run(plan)
+        except torch.OutOfMemoryError:
+            log.warning("step %d ran out of memory: once more, with an empty cache", plan.step)
+        torch.cuda.empty_cache()
+        try:
+            return self.runner.run(plan)
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(
+                f"a step of {plan.n_tokens} tokens did not fit into the device's memory, and this request had the "
+                "largest share of it: send a shorter prompt, or start with a smaller --max-num-batched-tokens"
+            ) from None
 
     def constrain(self, grammars: Grammars, vocab_size: int) -> None:
         """Hold constrained requests to the grammars that are kept there."""
