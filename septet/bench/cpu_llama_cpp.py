@@ -1,6 +1,7 @@
 """llama.cpp's side of the CPU workloads, through its C API (no Python in its sampling path, as llama-bench does).
 
     python septet/bench/cpu_llama_cpp.py MODEL.gguf [--threads N]     prints one JSON line
+    python septet/bench/cpu_llama_cpp.py MODEL.gguf --first           loads, makes one token and ends (to be timed)
     python septet/bench/cpu_llama_cpp.py --quantize SOURCE.gguf TARGET.gguf Q4_0
 
 Runs in the peer's own environment (llama-cpp-python, built there with -march=native) and imports nothing of Septet.
@@ -102,12 +103,22 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--quantize", nargs=3, metavar=("SOURCE", "TARGET", "KIND"))
     args = parser.parse_args()
     if args.quantize:
         quantize(*args.quantize)
         return
     peer = Peer(args.model, args.threads)
+    if args.first:
+        peer.decode(peer.tokens(31))  # as long as the other side's templated prompt
+        logits = peer.api.llama_get_logits(peer.context)
+        print(
+            max(
+                range(peer.api.llama_vocab_n_tokens(peer.api.llama_model_get_vocab(peer.model))), key=logits.__getitem__
+            )
+        )
+        return
     peer.prefill(64)
     figures = {
         "pp512": statistics.median(peer.prefill() for _ in range(args.repeat)),

@@ -1,47 +1,71 @@
-"""`make bench-cpu`: Septet beside llama.cpp in one run, with a bandwidth probe between; a table and JSON.
+"""`make bench-cpu`: Septet beside llama.cpp and vLLM's CPU build in one run, with a bandwidth probe between.
 
-    python -m septet.bench.cpu_table --peer-python PEER/bin/python [--rounds 3] [--models smollm2 ...] [--json PATH]
+    python -m septet.bench.cpu_table --peer-python PEER/bin/python [--vllm-python PEER/bin/python] [--rounds 3]
+        [--files "smollm2 Q4_0" ...] [--sides septet llama_cpp vllm_cpu] [--json PATH] [--add]
 
-Each round runs both sides on each file, alternating who goes first, each in a process of its own; the table shows
-medians over rounds. The share of the limit is bytes of weights read per second in one stream over the probe beside it.
-Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only).
+Each round runs the sides on each file, alternating who goes first, each in a process of its own; the table shows
+medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
+beside it. Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only). vLLM
+reads no such files: it runs the same weights as a bf16 checkpoint. `--add` adds rounds to those that PATH holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-FIGURES = {"tg128": "one stream", "pp512": "prefill 512", "b8": "8 streams", "b32": "32 streams"}
-MODELS = {
+from septet.bench.cpu_host import bytes_per_token, commit, machine
+
+TITLES = {"tg128": "one stream", "pp512": "prefill 512", "b8": "8 streams", "b32": "32 streams"}
+COLD = "start to first token, s"
+FILES = {
     "smollm2 Q4_1": ("smollm2", None),
     "smollm2 Q4_0": ("smollm2", "Q4_0"),
     "smollm2 Q8_0": ("smollm2", "Q8_0"),
+    "smollm2 Q4_K_M": ("smollm2", "Q4_K_M"),
     "gemma3:270m Q4_K_M": ("gemma3:270m", None),
 }
-PEER = Path(__file__).with_name("cpu_llama_cpp.py")
+SIDES = ("septet", "llama_cpp", "vllm_cpu")
+VLLM_MODEL = "smollm2 Q4_1"  # dequantised: transformers reads this one, and vLLM gets the same weights in bf16
+HERE = Path(__file__).parent
+Values = dict[str, list[float]]
 
 
 @dataclass
 class Entry:
     """One file: figures of each side, one value per round."""
 
-    n_bytes: int
-    septet: dict[str, list[float]] = field(default_factory=dict)
-    llama_cpp: dict[str, list[float]] = field(default_factory=dict)
+    n_bytes: int  # of weights, read per token
     probe_gb_s: list[float] = field(default_factory=list)
+    sides: dict[str, Values] = field(default_factory=dict)
 
-    def medians(self, side: dict[str, list[float]]) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in side.items()}
+    def median(self, side: str, figure: str) -> float | None:
+        values = self.sides.get(side, {}).get(figure)
+        return statistics.median(values) if values else None
+
+    def note(self, side: str, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.sides.setdefault(side, {}).setdefault(name, []).append(round(value, 3))
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Where the sides' Pythons are; "" = that side is missing."""
+
+    llama_cpp: str
+    vllm_cpu: str = ""
+
+    def has(self, side: str) -> bool:
+        return side == "septet" or bool(getattr(self, side))
 
 
 def run_json(command: list[str]) -> dict[str, float]:
@@ -53,94 +77,138 @@ def run_json(command: list[str]) -> dict[str, float]:
     return figures
 
 
-def model_file(name: str, kind: str | None, peer_python: str, folder: Path) -> Path:
+def seconds_of(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=300)
+    return time.perf_counter() - began
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+def model_file(label: str, peers: Peers, folder: Path) -> Path:
     """The catalogue's file, or that file in another block type."""
     from septet.hub.pull import resolve
 
+    name, kind = FILES[label]
     source = Path(resolve(name).path)
     if kind is None:
         return source
     target = folder / f"{name}-{kind}.gguf"
     if not target.exists():
-        subprocess.run([peer_python, str(PEER), "--quantize", str(source), str(target), kind], check=True)
+        script = str(HERE / "cpu_llama_cpp.py")
+        subprocess.run([peers.llama_cpp, script, "--quantize", str(source), str(target), kind], check=True)
     return target
 
 
-def one_round(entry: Entry, path: Path, peer_python: str, septet_first: bool) -> None:
+def checkpoint(source: Path, folder: Path) -> Path:
+    """The file as a bf16 checkpoint for vLLM."""
+    target = folder / "checkpoint"
+    if not target.exists():
+        script = str(HERE / "cpu_vllm.py")
+        subprocess.run([sys.executable, script, "--dequantize", str(source), str(target)], check=True)
+    return target
+
+
+# -- rounds -----------------------------------------------------------------------------------------------------------
+def figures_of(side: str, path: Path, peers: Peers, folder: Path) -> dict[str, float]:
+    """One process: the workloads. For the default model the time from start to first token as well."""
+    if side == "vllm_cpu":
+        return run_json([peers.vllm_cpu, str(HERE / "cpu_vllm.py"), str(checkpoint(path, folder))])
+    if side == "llama_cpp":
+        command = [peers.llama_cpp, str(HERE / "cpu_llama_cpp.py"), str(path), "--repeat", "2"]
+        first = [*command, "--first"]
+    else:
+        workloads = [sys.executable, "-m", "septet.bench.cpu_workloads"]
+        command = [*workloads, "--model", str(path), "--repeats", "2", "--json", "-"]
+        first = [sys.executable, "-m", "septet.cli.main", "run", str(path), "Hello"]
+        first += ["--max-tokens", "1", "--temperature", "0", "--no-stats"]
+    figures = {name: value for name, value in run_json(command).items() if name in TITLES}
+    if "smollm2" in path.name.lower():
+        figures["cold_s"] = seconds_of(first)
+    return figures
+
+
+def one_round(entry: Entry, path: Path, sides: list[str], peers: Peers, folder: Path) -> None:
     from septet.bench.cpu_probe import bandwidth_gb_s
 
-    sides = [
-        (entry.septet, [sys.executable, "-m", "septet.bench.cpu_workloads", "--model", str(path), "--json", "-"]),
-        (entry.llama_cpp, [peer_python, str(PEER), str(path)]),
-    ]
-    for figures, command in sides if septet_first else reversed(sides):
-        entry.probe_gb_s.append(bandwidth_gb_s())
-        for name, value in run_json(command).items():
-            if name in FIGURES:
-                figures.setdefault(name, []).append(value)
+    for side in sides:
+        entry.probe_gb_s.append(round(bandwidth_gb_s(256 << 20, 3), 2))
+        entry.note(side, figures_of(side, path, peers, folder))
 
 
+def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> None:
+    from septet.hub.model_config import read_model_config
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.folder or Path(made)
+        for label in args.files:
+            path = model_file(label, peers, folder)
+            sides = [s for s in args.sides if peers.has(s) and (s != "vllm_cpu" or label == VLLM_MODEL)]
+            entry = entries.setdefault(label, Entry(bytes_per_token(path, read_model_config(path))[0]))
+            for turn in range(args.rounds):
+                one_round(entry, path, sides if turn % 2 == 0 else sides[::-1], peers, folder)
+                print(f"{label}: round {turn + 1}", file=sys.stderr, flush=True)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
 def table(entries: dict[str, Entry]) -> str:
     lines = [
-        "| file | workload | Septet tok/s | llama.cpp tok/s | ratio | share of bandwidth |",
-        "|---|---|---:|---:|---:|---:|",
+        "| file | workload | Septet | llama.cpp | ratio | vLLM bf16 | ratio | of the bandwidth |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    vllm = entries.get(VLLM_MODEL, Entry(0))
     for label, entry in entries.items():
-        ours, theirs = entry.medians(entry.septet), entry.medians(entry.llama_cpp)
-        probe = statistics.median(entry.probe_gb_s)
-        for name, title in FIGURES.items():
-            share = f"{ours[name] * entry.n_bytes / 1e9 / probe:.0%} of {probe:.0f} GB/s" if name == "tg128" else ""
-            ratio = ours[name] / theirs[name]
-            lines.append(f"| {label} | {title} | {ours[name]:.0f} | {theirs[name]:.0f} | {ratio:.2f}x | {share} |")
+        for name, title in {**TITLES, "cold_s": COLD}.items():
+            ours, theirs = entry.median("septet", name), entry.median("llama_cpp", name)
+            if ours is None:
+                continue
+            third = vllm.median("vllm_cpu", name) if label.startswith("smollm2") else None
+            cells = [_cell(ours), _cell(theirs), _ratio(ours, theirs, name), _cell(third), _ratio(ours, third, name)]
+            probe = statistics.median(entry.probe_gb_s)
+            share = f"{ours * entry.n_bytes / 1e9 / probe:.0%} of {probe:.0f} GB/s" if name == "tg128" else ""
+            lines.append(f"| {label} | {title} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines)
 
 
-def machine() -> dict[str, object]:
-    names = {line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")}
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "").split()
-    isa = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags]
-    return {"cpu": sorted(names), "cpus": len(os.sched_getaffinity(0)), "isa": isa, "python": platform.python_version()}
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 20 else f"{value:.0f}"
 
 
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+def _ratio(ours: float, theirs: float | None, figure: str) -> str:
+    """How many times better Septet is: in speed, or in time where less is better."""
+    if not theirs:
+        return "-"
+    return f"{theirs / ours if figure == 'cold_s' else ours / theirs:.2f}x"
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+def read(path: Path | None) -> tuple[dict[str, Entry], list[dict[str, Any]]]:
+    """(entries, runs) of an earlier document."""
+    if path is None or not path.exists():
+        return {}, []
+    document = json.loads(path.read_text())
+    return {label: Entry(**values) for label, values in document["files"].items()}, document["runs"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="Python of an environment with llama-cpp-python")
+    parser.add_argument("--vllm-python", default="", help="Python of an environment with vllm-cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES), metavar="FILE")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--folder", type=Path, help="where made files are kept [a temporary one]")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="to what the JSON file holds")
     args = parser.parse_args()
-    entries: dict[str, Entry] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {label: model_file(*MODELS[label], args.peer_python, Path(folder)) for label in args.models}
-        for turn in range(args.rounds):
-            for label, path in paths.items():
-                entry = entries.setdefault(label, Entry(path.stat().st_size))
-                one_round(entry, path, args.peer_python, septet_first=turn % 2 == 0)
-                print(f"round {turn + 1}: {label}", file=sys.stderr)
+    peers = Peers(args.peer_python, args.vllm_python)
+    entries, runs = read(args.json if args.add else None)
+    measure(entries, args, peers)
+    command = " ".join(["python -m septet.bench.cpu_table", *sys.argv[1:]])
+    runs.append({"command": command, "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
     print(table(entries))
     if args.json:
-        document = {
-            "command": " ".join(["python -m septet.bench.cpu_table", *sys.argv[1:]]),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "files": {label: vars(entry) for label, entry in entries.items()},
-        }
+        document = {"machine": machine(), "runs": runs, "files": {label: asdict(e) for label, e in entries.items()}}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1))
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,17 +40,21 @@ def cut(tokenizer: Any, text: str, window: int = WINDOW) -> list[list[int]]:
     return [start + ids[i : i + step] for i in range(0, len(ids), step) if len(ids) - i > 1]
 
 
-def of_engine(model: str, text: str, window: int = WINDOW, **options: Any) -> tuple[float, list[list[int]]]:
-    """(perplexity, the windows). `options`: of the engine."""
-    return asyncio.run(_of_engine(model, text, window, options))
+def of_engine(
+    model: str, text: str, window: int = WINDOW, n_windows: int | None = None, **options: Any
+) -> tuple[float, list[list[int]]]:
+    """(perplexity, the windows), of the first `n_windows` alone where that is given. `options`: of the engine."""
+    return asyncio.run(_of_engine(model, text, window, n_windows, options))
 
 
-async def _of_engine(model: str, text: str, window: int, options: dict[str, Any]) -> tuple[float, list[list[int]]]:
+async def _of_engine(
+    model: str, text: str, window: int, n_windows: int | None, options: dict[str, Any]
+) -> tuple[float, list[list[int]]]:
     from septet.session.start import start_session
 
     session = await start_session(model, **{"max_model_len": 2 * window, "max_num_seqs": 4, **options})
     try:
-        windows = cut(session.tokenizer, text, window)
+        windows = cut(session.tokenizer, text, window)[:n_windows]
         found = [await _log_probabilities(session, ids) for ids in windows]
     finally:
         await session.close()

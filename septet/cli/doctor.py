@@ -15,8 +15,6 @@ import click
 from septet.errors import ModelNotFound, SeptetError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from septet.hub.store import LocalModel
 
 __all__ = ["doctor", "examine"]
@@ -119,31 +117,15 @@ def model_facts(name: str, bandwidth: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _read_per_token(local: LocalModel) -> dict[str, Any]:
-    from septet.geometry import DTYPE_BYTES, flops_per_token
+    from septet.bench.cpu_host import bytes_per_token
     from septet.hub.model_config import read_model_config
 
     try:
         config = read_model_config(local.path)
-        if local.path.is_dir():
-            n_bytes, kinds = flops_per_token(config) // 2 * DTYPE_BYTES[config.dtype], [config.dtype]
-        else:
-            n_bytes, kinds = _of_gguf(local.path)
+        n_bytes, kinds = bytes_per_token(local.path, config)
     except SeptetError as error:
         return {"path": str(local.path), "error": str(error)}
     return {"path": str(local.path), "family": config.architecture, "types": kinds, "n_bytes_read": n_bytes}
-
-
-def _of_gguf(path: Path) -> tuple[int, list[str]]:
-    """(bytes, block types with the most bytes first). Of an embedding that is no head as well, a token reads a row."""
-    from septet.hub.gguf import GGUFFile
-
-    with GGUFFile.open(path) as file:
-        tied = "output.weight" not in file.tensors
-        read = [info for info in file.tensors.values() if tied or info.name != "token_embd.weight"]
-    by_kind: dict[str, int] = {}
-    for info in read:
-        by_kind[info.kind] = by_kind.get(info.kind, 0) + info.n_bytes
-    return sum(by_kind.values()), sorted(by_kind, key=lambda kind: -by_kind[kind])
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
