@@ -72,14 +72,19 @@ async def served(model: str, options: dict[str, Any]) -> AsyncIterator[tuple[str
                     raise RuntimeError(f"the server ended: {said[-800:]}")
                 said += line
                 url = re.search(r"at (http://\S+)/v1", line)
-        drain = asyncio.create_task(process.stderr.read())
+        told = asyncio.create_task(_pass_on(process.stderr))
         yield url[1], process.pid
-        process.terminate()
-        await asyncio.wait_for(drain, 60)
     finally:
         if process.returncode is None:
             process.terminate()
         await process.wait()
+    await told
+
+
+async def _pass_on(stream: asyncio.StreamReader) -> None:
+    """What the server says while it serves is ours to say, and its pipe never fills."""
+    while line := await stream.readline():
+        sys.stderr.write(line.decode(errors="replace"))
 
 
 async def ask_server(url: str, body: dict[str, Any]) -> tuple[float, int]:

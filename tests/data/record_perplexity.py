@@ -3,7 +3,8 @@
     python -m tests.data.record_perplexity .venv-peers/bin/python
 
 The text is chapter I of Lewis Carroll's "Alice's Adventures in Wonderland" (1865), in the public domain. Files of each
-type are made from the catalogue's smollm2 by tests/requantize.py; "file" is that file as it comes.
+type are made from the catalogue's smollm2 by tests/requantize.py; "file" is that file as it comes, "begin" the same on
+the text's first windows alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from septet.hub.pull import resolve
 from septet.text.tokenizer import load_tokenizer
 from tests.requantize import KINDS, requantize
 
+BEGIN = 2  # windows of the quick test
 DATA = Path(__file__).parent
 TEXT, RECORD = DATA / "alice_chapter_1.txt", DATA / "perplexity_llama_cpp.json"
 
@@ -27,6 +29,7 @@ def main() -> None:
     source = Path(resolve("smollm2").path)
     windows = cut(load_tokenizer(source), TEXT.read_text())
     found = {"file": of_llama_cpp(peer_python, str(source), windows)}
+    found["begin"] = of_llama_cpp(peer_python, str(source), windows[:BEGIN])
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
             target = requantize(source, Path(folder) / "other.gguf", kind)
@@ -37,6 +40,7 @@ def main() -> None:
         "recorded": "llama-cpp-python 0.3.36 on an AVX2 CPU, by tests/data/record_perplexity.py",
         "window": WINDOW,
         "tokens": sum(map(len, windows)),
+        "begin_windows": BEGIN,
         "perplexity": {kind: round(value, 4) for kind, value in found.items()},
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
