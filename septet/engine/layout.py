@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.engine.rows import Rows
+    from septet.kernels.ops import Ops
 
 __all__ = ["lay_out", "lay_out_decode"]
 
@@ -38,9 +39,10 @@ def lay_out(
     return ids, layout
 
 
-def lay_out_decode(rows: Rows, row: Tensor, start: Tensor, slots: Tensor, max_kv: int) -> tuple[Tensor, Layout]:
+def lay_out_decode(
+    ops: Ops, rows: Rows, row: Tensor, start: Tensor, slots: Tensor, max_kv: int
+) -> tuple[Tensor, Layout]:
     """One token a row: row, start, slots (R,) int64. Fixed shapes and no data-dependent step, so it can be captured."""
-    rows.slot_of[row, start] = slots.int()
-    ids = rows.tokens[row, start].long()
-    q_start = torch.arange(row.shape[0] + 1, device=row.device, dtype=torch.int32)
-    return ids, Layout(start, slots, row, q_start, (start + 1).int(), rows.slot_of, 1, max_kv)
+    ids, kv_len = ops.place_write(rows.tokens, rows.slot_of, row, start, slots)
+    q_start = rows.count[: row.shape[0] + 1]
+    return ids, Layout(start, slots, row, q_start, kv_len, rows.slot_of, 1, max_kv)

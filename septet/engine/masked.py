@@ -1,7 +1,7 @@
 """Where captured steps read their grammar masks: static buffers on the device, one line of words a constrained row.
 
 Owned by `graphs.py` through its `Machine`, filled before a captured `draw` from what `constraints.py` made on the host.
-A draw always goes through `Ops.apply_mask`: for rows without a mask that is the change of type it needs anyway.
+A draw is one op that reads no words for rows without a mask (`Ops.draw_write`).
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.engine.constraints import TokenMasks
-    from septet.kernels.ops import Ops
 
 __all__ = ["MaskBuffers"]
 
 
 class MaskBuffers:
-    """`set` before each draw; `apply` is part of what is captured."""
+    """`set` before each draw; what `lines` gives is part of what is captured."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.line = torch.full((max_rows,), -1, dtype=torch.int64, device=device)  # which words a row follows
         self.words: Tensor | None = None  # (max_rows, words) int32, once the vocabulary is seen
         self.n_set = 0  # rows of `line` that may not be -1
 
-    def apply(self, ops: Ops, logits: Tensor) -> Tensor:
-        """logits (S, V) -> (S, V) float32, rows with a mask masked. Shapes alone decide what runs."""
-        n_rows, vocab = logits.shape
+    def lines(self, n_rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+        """-> words (max_rows, words) int32 and line (n_rows,) int64, as `Ops.draw_write` takes them."""
         if self.words is None:
             shape = (len(self.line), mask_words(vocab))
             self.words = torch.zeros(shape, dtype=torch.int32, device=self.line.device)
-        return ops.apply_mask(logits, self.words, self.line[:n_rows])
+        return self.words, self.line[:n_rows]
 
     def set(self, masks: TokenMasks | None) -> None:
         """For the draws from here on, in stream order; None: no row has a mask. Nobody waits."""

@@ -60,6 +60,7 @@ class Rows:
         self.top_p = torch.ones(max_rows + 1, dtype=torch.float32, device=device)
         self.min_p = torch.zeros(max_rows + 1, dtype=torch.float32, device=device)
         self.seed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
+        self.count = torch.arange(max_rows + 2, dtype=torch.int32, device=device)  # q_start of one token a row
         self.info: list[RowInfo | None] = [None] * max_rows
 
     def join(self, joins: Sequence[Join], staging: Staging) -> None:

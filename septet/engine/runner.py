@@ -196,7 +196,7 @@ class Runner:
         sent = self._send(plan.rows, picks)
         max_kv = max(row.start + row.n for row in plan.rows)
         if decode:
-            ids, layout = lay_out_decode(self.rows, sent.row, sent.start, sent.slots, max_kv)
+            ids, layout = lay_out_decode(self.ops, self.rows, sent.row, sent.start, sent.slots, max_kv)
         else:
             max_q = max(row.n for row in plan.rows)
             ids, layout = lay_out(self.rows, sent.row, sent.start, sent.n, sent.slots, max_q, max_kv)

@@ -76,10 +76,10 @@ class StaticStep:
     def draw(self) -> None:
         """Sample by temperature, seed and `masks` alone; the tokens go to `machine.tokens` and to the rows' state."""
         machine, rows, row, position = self.machine, self.machine.rows, self.row, self.position()
-        logits = machine.masks.apply(machine.ops, self.logits)
-        tokens = machine.ops.gumbel_argmax(logits, rows.temperature[row], rows.seed[row], position)
-        rows.tokens[row, position] = tokens.clamp(min=0).int()
-        machine.tokens[: len(tokens)].copy_(tokens)
+        words, line = machine.masks.lines(*self.logits.shape)
+        machine.ops.draw_write(
+            self.logits, words, line, rows.temperature, rows.seed, rows.tokens, row, position, machine.tokens
+        )
 
     @property
     def tokens(self) -> Tensor:
@@ -107,7 +107,9 @@ class DecodeStep(StaticStep):
         table[1:, n:] = 0
 
     def lay_out(self) -> tuple[Tensor, Layout, None]:
-        ids, layout = lay_out_decode(self.machine.rows, self.row, self.start, self.slots, self.shape.max_kv)
+        ids, layout = lay_out_decode(
+            self.machine.ops, self.machine.rows, self.row, self.start, self.slots, self.shape.max_kv
+        )
         return ids, layout, None
 
     def position(self) -> Tensor:

@@ -164,9 +164,37 @@ class Ops:
         """Sample from softmax(logits / temperature) by the Gumbel-max trick with counter-based noise.
 
         logits (S, V) float32 (reference and Triton: any float type), -inf = excluded; temperature (S,) float32, 0 =
-        argmax of that row; seeds (S,) int64; positions (S,) int64 -> (S,) int64, -1 for a row with a NaN. Noise of token v: u = ((h >> 9) + 0.5) / 2**23,
-        g = -log(-log(u)) with h = mix(mix(lo(seed) ^ mix(hi(seed) + position * 0x9E3779B9)) + v * 0x85EBCA6B) and `mix`
+        argmax of that row; seeds (S,) int64; positions (S,) int64 -> (S,) int64, -1 for a row with a NaN. Noise of
+        token v: u = ((h >> 9) + 0.5) / 2**23, g = -log(-log(u)) with h = mix(mix(lo(seed) ^ mix(hi(seed) + position * 0x9E3779B9)) + v * 0x85EBCA6B) and `mix`
         the 32-bit finaliser of MurmurHash3, all modulo 2**32: the same request gives the same token in any batch, on
         any device.
+        """
+        raise NotImplementedError
+
+    # -- state of the rows between steps ------------------------------------------------------------------------------
+    def place_write(
+        self, tokens: Tensor, slot_of: Tensor, row: Tensor, start: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token a row: note its slot, look up its id. tokens, slot_of (max_rows, max_len) int32; row, start, slots
+        (R,) int64. slot_of[row, start] = slots -> ids (R,) int64 = tokens[row, start], and start + 1 (R,) int32."""
+        raise NotImplementedError
+
+    def draw_write(
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        line: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        tokens: Tensor,
+        row: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+    ) -> None:
+        """`apply_mask`, then `gumbel_argmax` with what stands for each row, then the write-back, as one op.
+
+        logits (S, V) in the compute dtype; mask, line as in `apply_mask`; temperature (max_rows,) float32 and seeds
+        (max_rows,) int64, of which row[s] counts; row, positions (S,) int64. Token s goes to tokens[row[s],
+        positions[s]] (max_rows, max_len) int32, 0 for a row with a NaN, and to drawn[s] (at least S,) int64, -1 there.
         """
         raise NotImplementedError

@@ -167,6 +167,29 @@ class ReferenceOps(Ops):
         noisy = torch.where(hot, scaled + gumbel_noise(seeds, positions, logits.shape[1]), scaled)
         return self.argmax(noisy)
 
+    def place_write(
+        self, tokens: Tensor, slot_of: Tensor, row: Tensor, start: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        slot_of[row, start] = slots.int()
+        return tokens[row, start].long(), (start + 1).int()
+
+    def draw_write(
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        line: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        tokens: Tensor,
+        row: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+    ) -> None:
+        masked = self.apply_mask(logits, mask, line)
+        chosen = self.gumbel_argmax(masked, temperature[row], seeds[row], positions)
+        tokens[row, positions] = chosen.clamp(min=0).int()
+        drawn[: len(chosen)].copy_(chosen)
+
 
 def _masked_on_host(logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
     """`apply_mask` without torch's threads: starting a team of them would cost more than the work."""

@@ -22,7 +22,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
 KINDS = {"top_ptr": F32, "total_ptr": F32, "acc_ptr": F32, "value_ptr": F32, "temperature_ptr": F32}
 KINDS |= {"cos_sin_ptr": F32, "logits_ptr": F32, "index_ptr": I32, "q_start_ptr": I32, "kv_len_ptr": I32}
-KINDS |= {"arrived_ptr": I32}
+KINDS |= {"arrived_ptr": I32, "line_ptr": I64}
 KINDS |= {"slot_of_ptr": I32, "ids_ptr": I64, "slots_ptr": I64, "positions_ptr": I64, "rows_ptr": I64, "seeds_ptr": I64}
 FLOATS = {"eps", "scale", "cap"}
 ALIGNED = {
@@ -101,8 +101,19 @@ def main() -> None:
                 "act": compile_one(act._gated_act_kernel, {"GELU": True, "BLOCK": 1024}, 4),
                 "embed": compile_one(embed._embed_kernel, {"BLOCK": 1024}, 4),
                 "qkv": compile_one(qkv._qkv_kernel, {**heads, "NORM": True}, 2),
-                "gumbel": compile_one(sample._block_kernel, {"NOISE": True, "BLOCK": 2048}, 4),
-                "best": compile_one(sample._merge_kernel, {"BLOCK": 64}, 1, out_ptr=I64),
+                "gumbel": compile_one(
+                    sample._block_kernel,
+                    {"NOISE": True, "MASK": True, "ROWS": True, "BLOCK": 2048, "PDL": True},
+                    4,
+                    mask_ptr="*i32",
+                ),
+                "best": compile_one(
+                    sample._merge_kernel,
+                    {"BLOCK": 64, "WRITE": True, "PDL": True},
+                    1,
+                    out_ptr=I64,
+                    tokens_ptr=I32,
+                ),
                 "merge": compile_one(attention._merge_kernel, {"E": 64, "SPLITS": 32, "BLOCK_D": 64}, 4),
                 "norm of parts": compile_one(
                     norm._norm_kernel, {"PARTS": 4, "ADD": True, "BLOCK": 4096, "PDL": True}, 16, x_ptr=F32

@@ -22,7 +22,9 @@ __all__ = [
     "Inputs",
     "check_argmax",
     "check_attention",
+    "check_draw",
     "check_gumbel",
+    "check_place",
     "check_qkv_write",
     "check_simple",
     "close",
@@ -234,3 +236,32 @@ def check_argmax(ops: Ops, oracle: Ops, inputs: Inputs, n: int, vocab: int) -> N
         logits[2, vocab - 1], logits[2, 0] = NAN, float("inf")
         logits[3, vocab // 2], logits[3, vocab // 3] = float("inf"), float("inf")
     close(ops.argmax(logits), oracle.argmax(logits), "argmax")
+
+
+def check_draw(ops: Ops, oracle: Ops, inputs: Inputs, n: int, vocab: int) -> None:
+    """Masked, drawn and written back as the ops one by one would; what nobody drew stays."""
+    logits = inputs.normal(n, vocab) * 3
+    logits[0, vocab // 2] = NAN
+    words = inputs.integers(-(2**31), 2**31, n + 2, -(-vocab // 32)).int()
+    line = torch.where(inputs.integers(0, 2, n) > 0, inputs.integers(0, n + 2, n), -1)
+    row = inputs.permutation(n + 3)[:n].to(inputs.device)
+    temperature = inputs.integers(0, 3, n + 3).float() / 2
+    seeds, positions = inputs.integers(-(2**62), 2**62, n + 3), inputs.integers(1, 9, n)
+    tokens, drawn = inputs.integers(0, vocab, n + 3, 10).int(), inputs.integers(0, vocab, n + 1)
+    want, want_drawn = tokens.clone(), drawn.clone()
+    chosen = oracle.gumbel_argmax(oracle.apply_mask(logits, words, line), temperature[row], seeds[row], positions)
+    want[row, positions], want_drawn[:n] = chosen.clamp(min=0).int(), chosen
+    ops.draw_write(logits, words, line, temperature, seeds, tokens, row, positions, drawn)
+    close(drawn, want_drawn, "drawn")
+    close(tokens, want, "tokens")
+
+
+def check_place(ops: Ops, inputs: Inputs, n: int) -> None:
+    tokens, slot_of = inputs.integers(0, 99, n + 3, 50).int(), inputs.integers(0, 99, n + 3, 60).int()
+    row, start = inputs.permutation(n + 3)[:n].to(inputs.device), inputs.integers(0, 50, n)
+    slots, want = inputs.integers(0, 99, n), slot_of.clone()
+    want[row, start] = slots.int()
+    ids, length = ops.place_write(tokens, slot_of, row, start, slots)
+    close(slot_of, want, "slot_of")
+    close(ids, tokens[row, start].long(), "ids")
+    close(length, (start + 1).int(), "length")

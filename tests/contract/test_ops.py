@@ -16,7 +16,9 @@ from op_checks import (
     Inputs,
     check_argmax,
     check_attention,
+    check_draw,
     check_gumbel,
+    check_place,
     check_qkv_write,
     check_simple,
     close,
@@ -183,6 +185,13 @@ def test_argmax(ops: Ops, seed: int, dtype: torch.dtype, n: int, vocab: int) -> 
 @pytest.mark.parametrize(("n", "vocab"), [(1, 1), (7, 300), (6, 5000)])
 def test_gumbel_argmax(ops: Ops, seed: int, n: int, vocab: int) -> None:
     check_gumbel(ops, NaiveOps(), Inputs(seed, DEVICE, torch.float32), n, vocab)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "vocab"), [(1, 33), (6, 4100)])
+def test_draw_and_place(ops: Ops, seed: int, dtype: torch.dtype, n: int, vocab: int) -> None:
+    check_draw(ops, ReferenceOps(), Inputs(seed, DEVICE, dtype), n, vocab)
+    check_place(ops, Inputs(seed, DEVICE, dtype), n)
 
 
 def test_gumbel_argmax_does_not_depend_on_the_batch(ops: Ops, seed: int) -> None:

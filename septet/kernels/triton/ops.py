@@ -28,7 +28,7 @@ from septet.kernels.triton.lazy import Gated, Normed, Product, Rotated
 from septet.kernels.triton.mask import apply_mask
 from septet.kernels.triton.norm import add_rms_norm, rms_norm, sum_parts
 from septet.kernels.triton.qkv import qkv_write
-from septet.kernels.triton.sample import argmax, gumbel_argmax
+from septet.kernels.triton.sample import argmax, draw, gumbel_argmax, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,3 +175,23 @@ class TritonOps(ReferenceOps):
 
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         return gumbel_argmax(logits, temperature, seeds, positions)
+
+    # -- state of the rows between steps ------------------------------------------------------------------------------
+    def place_write(
+        self, tokens: Tensor, slot_of: Tensor, row: Tensor, start: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return place(tokens, slot_of, row, start, slots)
+
+    def draw_write(
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        line: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        tokens: Tensor,
+        row: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+    ) -> None:
+        draw(logits, mask, line, temperature, seeds, tokens, row, positions, drawn)
