@@ -165,9 +165,9 @@ class Ops:
 
         logits (S, V) float32 (reference and Triton: any float type), -inf = excluded; temperature (S,) float32, 0 =
         argmax of that row; seeds (S,) int64; positions (S,) int64 -> (S,) int64, -1 for a row with a NaN. Noise of
-        token v: u = ((h >> 9) + 0.5) / 2**23, g = -log(-log(u)) with h = mix(mix(lo(seed) ^ mix(hi(seed) + position * 0x9E3779B9)) + v * 0x85EBCA6B) and `mix`
-        the 32-bit finaliser of MurmurHash3, all modulo 2**32: the same request gives the same token in any batch, on
-        any device.
+        token v: u = ((h >> 9) + 0.5) / 2**23, g = -log(-log(u)) with h = mix(mix(lo(seed) ^ mix(hi(seed) + position *
+        0x9E3779B9)) + v * 0x85EBCA6B) and `mix` the 32-bit finaliser of MurmurHash3, all modulo 2**32: the same request
+        gives the same token in any batch, on any device.
         """
         raise NotImplementedError
 
