@@ -112,7 +112,6 @@ class ModelPool:
         self.manages = manages
         self._slots: dict[str, Slot] = {}
         self._leaving: dict[Slot, asyncio.Task[None]] = {}
-        self._room = asyncio.Lock()  # who decides what is loaded and what leaves for it
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -283,46 +282,43 @@ class ModelPool:
 
     async def _loaded(self, slot: Slot, model: LocalModel) -> Session:
         need = await self.loader.need(model, self.budget)
-        async with self._room:
-            await self._make_room(model.name, need.n_bytes)
-            slot.n_bytes = need.n_bytes
+        await self._reserve(slot, need.n_bytes)
         session, n_bytes = await self.loader.load(model, need)
         try:
-            async with self._room:
-                await self._make_room(model.name, n_bytes, slot)
-                slot.n_bytes = n_bytes
+            await self._reserve(slot, n_bytes)
         except BaseException:
             await asyncio.shield(session.close())
             raise
         return session
 
     # -- room ---------------------------------------------------------------------------------------------------------
-    async def _make_room(self, name: str, n_bytes: int, counted: Slot | None = None) -> None:
-        """Wait until `n_bytes` fit; idle models leave for it, but none if that would not be enough. `counted`: the slot
-        whose bytes these are, where it holds a part of them already."""
-        self._alive()
+    async def _reserve(self, slot: Slot, n_bytes: int) -> None:
+        """Wait until the slot may have `n_bytes`; idle models leave for it, but none if that would not be enough."""
         if n_bytes > self.budget:
             raise OutOfMemory(
-                f"{name} needs {_size(n_bytes)}, more than the whole budget of {_size(self.budget)}: raise "
+                f"{slot.name} needs {_size(n_bytes)}, more than the whole budget of {_size(self.budget)}: raise "
                 "--memory-budget, or lower --max-model-len or --kv-cache-memory"
             )
-        own = counted.n_bytes if counted else 0
-        if sum(s.n_bytes for s in self._slots.values() if not s.idle) - own + n_bytes > self.budget:
-            raise OutOfMemory(
-                f"{name} needs {_size(n_bytes)} of the budget of {_size(self.budget)}, {self._in_the_way()}"
-            )
-        while self.used_bytes - own + n_bytes > self.budget:
-            idle = [slot for slot in self._slots.values() if slot.idle]
-            if not self._leaving and not idle:  # who was idle is in use now
-                raise OutOfMemory(f"{name} needs {_size(n_bytes)}, {self._in_the_way()}")
+        others = [s for s in self._alive_or_loading() if s is not slot]
+        while sum(s.n_bytes for s in (*others, *self._leaving)) + n_bytes > self.budget:
+            idle = [s for s in others if s.idle]
+            if sum(s.n_bytes for s in others if not s.idle) + n_bytes > self.budget:
+                needs = f"{slot.name} needs {_size(n_bytes)} of the budget of {_size(self.budget)}"
+                raise OutOfMemory(f"{needs}, but {self._in_the_way(slot)}. Try again then, or raise --memory-budget")
             if not self._leaving:
-                self._retire(min(idle, key=lambda slot: slot.used_at))
+                self._retire(min(idle, key=lambda s: s.used_at))
             await asyncio.wait(list(self._leaving.values()), return_when=asyncio.FIRST_COMPLETED)
+            others = [s for s in self._alive_or_loading() if s is not slot]
+        slot.n_bytes = n_bytes  # no await since the sum
 
-    def _in_the_way(self) -> str:
+    def _alive_or_loading(self) -> list[Slot]:
+        self._alive()
+        return list(self._slots.values())
+
+    def _in_the_way(self, of: Slot) -> str:
         words = []
         for slot in self._slots.values():
-            if slot.idle or not slot.n_bytes:
+            if slot is of or slot.idle or not slot.n_bytes:
                 continue
             what = f"in use by {slot.users} of its requests" if slot.users else "being loaded"
             keep = max((view.keep_s for view in slot.views.values()), default=self.keep_alive_s)
@@ -330,7 +326,7 @@ class ModelPool:
             if slot.users and keep > 0:
                 until += f" (kept {keep:g} s if nothing needs its place)"
             words.append(f"{slot.name} holds {_size(slot.n_bytes)} ({what}: {until})")
-        return f"but {'; '.join(words)}. Try again then, or raise --memory-budget"
+        return "; ".join(words)
 
     def _retire(self, slot: Slot) -> None:
         """Out of the pool now; its bytes count until it is closed."""
