@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from septet.serve.context import current
 from septet.serve.errors import ClientGone, HttpError
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ async def read_object(scope: Scope, receive: Receive, *, max_bytes: int, timeout
             body = await _read(receive, max_bytes)
     except TimeoutError:
         raise HttpError(408, f"the request body did not arrive within {timeout_s:g} s") from None
-    return decode_object(body)
+    fields = decode_object(body)
+    context = current()
+    if context is not None and fields.get("timeout") is not None:  # in every dialect
+        context.limit(fields.pop("timeout"), "timeout")
+    return fields
 
 
 async def body_of(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:

@@ -66,3 +66,4 @@ class Dialect:
     errors: ErrorStyle = OPENAI_ERRORS
     claims: Mapping[str, Claim] = field(default_factory=dict)  # by path pattern; see `collide.py`
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # path pattern -> JSON schema of the body
+    public: frozenset[str] = frozenset()  # path patterns that may be read without an API key: no data, no work

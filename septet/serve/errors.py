@@ -19,7 +19,7 @@ from septet.errors import (
     SeptetError,
 )
 
-__all__ = ["ClientGone", "HttpError", "error_body", "headers_of", "status_of"]
+__all__ = ["ClientGone", "DeadlineExceeded", "HttpError", "error_body", "headers_of", "status_of"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,15 @@ class HttpError(SeptetError):
         self.code = code
 
 
+class DeadlineExceeded(HttpError):
+    """The request's own time limit or the server's is over. Trying again at once would only add to the load."""
+
+    kind = "timeout_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(504, message, code="deadline_exceeded")
+
+
 def status_of(error: BaseException) -> int:
     if isinstance(error, HttpError):
         return error.status
@@ -55,9 +64,14 @@ def status_of(error: BaseException) -> int:
 
 def headers_of(error: BaseException) -> dict[str, str]:
     if isinstance(error, Overloaded):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        seconds, milliseconds = math.ceil(error.retry_after_s), math.ceil(1000 * error.retry_after_s)
+        return {"retry-after": str(max(1, seconds)), "retry-after-ms": str(max(1, milliseconds))}
+    if isinstance(error, DeadlineExceeded):
+        return {"x-should-retry": "false"}
     if isinstance(error, HttpError) and error.status in (408, 413):
         return {"connection": "close"}  # the rest of the body is not read
+    if isinstance(error, HttpError) and error.status == 401:
+        return {"www-authenticate": "Bearer"}
     return {}
 
 
