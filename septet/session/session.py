@@ -189,17 +189,19 @@ class Session:
         priority: int = 0,
         cache_salt: str = "",
         reading: Reading = PLAIN,
+        arrival: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of `params.n` choices of one prompt, in the order in which they happen.
 
         Each choice ends with one `Finished`; an error of any choice is raised and ends them all. `max_tokens` beyond
         the context is cut to what fits, and shows as finish reason `length`. `reading` tells thoughts and calls apart.
+        `arrival`: its place among requests of one priority, lower first; None = now, in seconds of the monotonic clock.
         """
         ready = prompt if isinstance(prompt, Prompt) else await self.prompt(prompt)
         thinking = self.reply_format is not None and self.reply_format.is_thinking(ready.text, reading)
         if self.reply_format is not None and reading is not PLAIN:
             params = self.reply_format.bound(params, reading, thinking)
-        requests = self._requests(ready, params, priority, cache_salt)
+        requests = self._requests(ready, params, priority, cache_salt, arrival)
         if params.structured is not None:
             await self._teach()
         shared = asyncio.Event()
@@ -240,7 +242,9 @@ class Session:
     async def close(self) -> None:
         await self.client.close()
 
-    def _requests(self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str) -> list[Request]:
+    def _requests(
+        self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str, arrival: float | None = None
+    ) -> list[Request]:
         if len(cache_salt) > MAX_SALT_CHARS:
             raise InvalidRequest(f"cache_salt must have at most {MAX_SALT_CHARS} characters", param="cache_salt")
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 2**31:
@@ -253,7 +257,7 @@ class Session:
                 params=self._of_choice(base, index),
                 eos_token_ids=self._ends,
                 priority=priority,
-                arrival=time.monotonic(),
+                arrival=time.monotonic() if arrival is None else arrival,
                 cache_salt=cache_salt,
             )
             for index in range(params.n)
@@ -288,7 +292,7 @@ class Session:
         from septet.grammar.vocabulary import Vocabulary
 
         tokens = map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))
-        return Vocabulary.of(tokens, self.tokenizer.special_ids, self.tokenizer.eos_token_ids)
+        return Vocabulary.of(tokens, self.tokenizer.special_ids, self.tokenizer.eos_token_ids, self.tokenizer.as_json())
 
     @staticmethod
     def _of_choice(params: SamplingParams, index: int) -> SamplingParams:
