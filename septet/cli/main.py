@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("septet.cli.hub:pull", "Fetch a model into the store."),
     "list": ("septet.cli.hub:list_models", "List the models in the store and those that can be pulled by name."),
     "show": ("septet.cli.hub:show", "Show what a model is: source, licence, files, shape."),
+    "key": ("septet.cli.keys:key", "Make an API key for the server."),
     "doctor": ("septet.cli.doctor:doctor", "Show the machine, the kernels it gets, and what speed to expect."),
     "rm": ("septet.cli.hub:rm", "Remove models from the store."),
 }

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from septet.cli.many import KeepAlive, Many, pool_of
+from septet.cli.server_options import server_options, take_server
 from septet.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from septet.cli.server_options import Server
     from septet.session.session import Session
 
 __all__ = ["engine_options", "serve"]
@@ -57,6 +59,15 @@ _ENGINE_OPTIONS = (
     click.option("--max-model-len", type=_COUNT, metavar="N", default=0, help="Tokens per request [0: the model's]."),
     click.option("--max-num-seqs", type=_COUNT, metavar="N", default=0, help="Requests per step [0: auto]."),
     click.option("--max-num-batched-tokens", type=_COUNT, metavar="N", default=0, help="Tokens per step [0: auto]."),
+    click.option(
+        "--max-waiting",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=4096,
+        show_default=True,
+        help="Queued requests.",
+    ),
+    click.option("--num-kv-slots", type=_COUNT, metavar="N", default=0, help="Tokens the KV pool holds [0: auto]."),
     click.option("--kv-cache-memory", type=Bytes(), default=0, help="Bytes for the KV pool, as 512M or 4G [0: auto]."),
     click.option(
         "--gpu-memory-utilization",
@@ -75,6 +86,7 @@ _ENGINE_OPTIONS = (
     _choice("--dtype", "auto float32 bfloat16 float16", "Of activations and the KV pool."),
     _choice("--device", "auto cpu cuda", "Where the model runs."),
     click.option("--enforce-eager", is_flag=True, help="No captured steps."),
+    _choice("--overlap", "auto on off", "Plan a step while the one before it runs."),
     _choice("--load-format", "auto dummy", "dummy: random weights, nothing is read."),
     _choice("--kernels", "auto reference triton native", "Which versions of the numeric operations."),
 )
@@ -95,14 +107,7 @@ def engine_options(command: Any) -> Any:
 @click.option("--memory-budget", type=Bytes(), default=0, help="For all loaded models, as 4G [0: auto].")
 @click.option("--preload", multiple=True, metavar="MODEL", help="Load at start, and keep.")
 @click.option("--manage/--no-manage", default=None, help="Clients may pull, create and delete models [on loopback].")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--served-model-name", multiple=True, help="Name in the API (several: aliases) [the model's].")
-@click.option("--allowed-host", multiple=True, help="Host header to accept besides loopback names.")
-@click.option("--allowed-origin", multiple=True, help="Web origin whose pages may use the server.")
-@click.option(
-    "--shutdown-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Drain seconds."
-)
+@server_options
 @click.option("--tool-call-parser", default="auto", show_default=True, help="How the model writes tool calls.")
 @click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes thoughts; none: as content.")
 @click.option("--enable-auto-tool-choice", is_flag=True, hidden=True, help="As vLLM's; always on here.")
@@ -113,12 +118,6 @@ def serve(
     memory_budget: int,
     preload: tuple[str, ...],
     manage: bool | None,
-    host: str,
-    port: int,
-    served_model_name: tuple[str, ...],
-    allowed_host: tuple[str, ...],
-    allowed_origin: tuple[str, ...],
-    shutdown_timeout: float,
     enable_auto_tool_choice: bool,
     **options: Any,
 ) -> None:
@@ -127,51 +126,49 @@ def serve(
     MODEL is a name (see `septet list`), a Hugging Face repo (org/name[:file.gguf]) or a path. One is loaded now and
     stays. Several, or all in the store if none is named, are loaded when they are asked for and unloaded when idle.
     """
-    from septet.serve.app import Settings
     from septet.serve.guard import is_loopback
 
+    server = take_server(options)
     many = Many(
         names=models,
         keep_alive_s=keep_alive,
         budget=memory_budget,
         preload=preload,
-        manages=is_loopback(host) if manage is None else manage,
+        manages=is_loopback(server.settings.host) if manage is None else manage,
     )
-    settings = Settings(
-        host=host,
-        port=port,
-        served_names=served_model_name,
-        allowed_hosts=allowed_host,
-        allowed_origins=allowed_origin,
-        drain_s=shutdown_timeout,
-    )
-    sys.exit(asyncio.run(_serve(many, settings, options)))
+    sys.exit(asyncio.run(_serve(many, server, options)))
 
 
-async def _serve(many: Many, settings: Any, options: dict[str, Any]) -> int:
+async def _serve(many: Many, server: Server, options: dict[str, Any]) -> int:
     from septet.serve.app import Service, bind, serve_forever
 
+    settings = server.settings
     sock = bind(settings.host, settings.port)
     try:
-        async with _models(many, settings, options) as models:
-            service = Service(models, settings)
+        async with _models(many, server, options) as models:
+            service = Service(models, settings, server.keys)
             port = sock.getsockname()[1]
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+            root = f"http{'s' if settings.ssl_certfile else ''}://{shown}:{port}"
 
             def ready() -> None:
                 names = ", ".join(service.names) or "no model yet (septet pull smollm2)"
-                click.echo(f"serving {names} at http://{shown}:{port}/v1 (pid {_pid()})", err=True)
+                click.echo(f"serving {names} at {root}/v1 (pid {_pid()})", err=True)
+                if settings.page:
+                    click.echo(f"chat and scope: {root}/", err=True)
 
-            return await serve_forever(service, sock, ready)
+            with server.around(service):
+                return await serve_forever(service, sock, ready)
     finally:
         sock.close()
 
 
 @asynccontextmanager
-async def _models(many: Many, settings: Any, options: dict[str, Any]) -> AsyncIterator[Any]:
+async def _models(many: Many, server: Server, options: dict[str, Any]) -> AsyncIterator[Any]:
     """One session that stays, or the pool."""
+    names = server.settings.served_names
     if many.wanted:
-        if settings.served_names:
+        if names:
             raise InvalidRequest("--served-model-name is for one model that stays loaded", param="served_model_name")
         async with pool_of(many, options) as pool:
             yield pool
@@ -180,7 +177,17 @@ async def _models(many: Many, settings: Any, options: dict[str, Any]) -> AsyncIt
 
     async with started(many.names[0], options) as session:
         print_choices(session)
-        yield session
+        if not server.restarts:
+            yield session
+            return
+        from septet.serve.restart import RestartedModel
+        from septet.session.start import start_session
+
+        restarted = RestartedModel(session, names, lambda: start_session(many.names[0], **options))
+        try:
+            yield restarted
+        finally:
+            await restarted.close()
 
 
 def _pid() -> int:
