@@ -14,6 +14,7 @@ from septet.serve.admission import Admission
 from septet.serve.keys import Keys
 from septet.serve.metrics import Metrics
 from septet.serve.models import FixedModels, Models
+from septet.serve.openai_responses_store import ResponseStore
 from septet.serve.scope import Scopes
 from septet.session.session import Session
 
@@ -59,6 +60,7 @@ class Service:
         self.admission = Admission(settings.max_waiting, settings.max_waiting_tokens)
         self.metrics = Metrics([self.label(session) for session in self.models.loaded()])
         self.scopes = Scopes(self)
+        self.responses = ResponseStore()
         self.access_log: AccessLog | None = None
         self.tracing: Tracing | None = None
         self.draining = False

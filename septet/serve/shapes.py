@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from septet.serve.calls import Call, ChatCall, CompletionCall
     from septet.session.session import Prompt
 
-__all__ = ["ChatShape", "CompletionShape", "Shape"]
+__all__ = ["ChatShape", "CompletionShape", "Shape", "openai_token"]
 
 LOWEST = -9999.0  # JSON has no infinity; the value OpenAI uses
 
@@ -207,7 +207,7 @@ class ChatShape(Shape):
     def _logprobs(self, positions: Iterable[PositionLogprobs]) -> dict[str, Any] | None:
         if self.call.params.logprobs is None:
             return None
-        entries = [_openai(p.chosen) | {"top_logprobs": [_openai(t) for t in p.top]} for p in positions]
+        entries = [openai_token(p.chosen) | {"top_logprobs": [openai_token(t) for t in p.top]} for p in positions]
         return {"content": entries, "refusal": None}
 
 
@@ -328,7 +328,7 @@ def _finite(logprob: float) -> float:
     return max(logprob, LOWEST)
 
 
-def _openai(token: TokenLogprob) -> dict[str, Any]:
+def openai_token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.raw)}
 
 
