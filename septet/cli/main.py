@@ -19,12 +19,15 @@ INTERRUPTED = 130  # the shell's code for what Ctrl-C has ended
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("septet.cli.run:run", "Ask a model one question, or chat with it."),
-    "serve": ("septet.cli.serve:serve", "Serve a model over HTTP (OpenAI's API)."),
+    "serve": ("septet.cli.serve:serve", "Serve models over HTTP (the APIs of OpenAI, Ollama and others)."),
     "pull": ("septet.cli.hub:pull", "Fetch a model into the store."),
     "list": ("septet.cli.hub:list_models", "List the models in the store and those that can be pulled by name."),
     "show": ("septet.cli.hub:show", "Show what a model is: source, licence, files, shape."),
     "key": ("septet.cli.keys:key", "Make an API key for the server."),
     "doctor": ("septet.cli.doctor:doctor", "Show the machine, the kernels it gets, and what speed to expect."),
+    "create": ("septet.cli.create:create", "Create a model from a Modelfile."),
+    "ps": ("septet.cli.remote:ps", "List the models that a running server has loaded."),
+    "stop": ("septet.cli.remote:stop", "Unload a model from a running server."),
     "rm": ("septet.cli.hub:rm", "Remove models from the store."),
 }
 """name -> (import path, one line for --help, so that help imports nothing)."""
