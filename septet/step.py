@@ -7,6 +7,8 @@ Owned by the base room, encoded by msgpack, loggable, replayable. Invariants:
 * Executors keep per-row state between steps: `tokens[row, position]`, `slot_of[row, position]` and the sampling values.
   `Join` sets it, `PlanRow.slots` extends it. A sampled token is written by the executor itself at
   `tokens[row, start + n]`, so the next plan may compute it before the host has seen it.
+* Forced tokens (`RowResult.forced`) count as known from there on: the scheduler appends them and hands them back in
+  `PlanRow.tokens`. Steps that were in flight meanwhile sample at their positions, and must sample the same.
 * Plans are applied strictly in order. A row's slots may be reused as soon as a later plan hands them out.
 * Rows with `pooling` compute their whole prompt, from position 0 on, in one or more steps.
 * Slot 0 is never given to a request: padded rows of captured steps write there. Row numbers are 0 .. max_num_seqs - 1.
@@ -48,6 +50,7 @@ class PlanRow:
     slots: tuple[int, ...]  # (n,) KV slot of each computed position
     n_sample: int = 0  # sample after each of the last n_sample positions (0 = inside a prompt, 1 = next token)
     prompt_logprobs: bool = False  # also return the log-probabilities of positions start + 1 .. start + n
+    tokens: tuple[int, ...] = ()  # (n,) tokens to be computed, if the executor can't know them all (forced ones)
     pooling: str = ""  # "mean" or "last": with the row that samples, return the prompt's pooled hidden states
 
 
@@ -87,7 +90,8 @@ class RowResult:
     prompt_logprobs: tuple[Logprobs, ...] = ()  # positions start + 1 .. start + n that lie in the prompt
     error: str | None = None
     error_kind: str = "internal_error"
-    ended: bool = False  # the last token completes the request's grammar: nothing may follow
+    forced: tuple[int, ...] = ()  # after the last one: the request's grammar allows nothing but these
+    ended: bool = False  # the last token, forced ones included, completes the grammar: nothing may follow
     pooled: bytes = b""  # (D,) float32, little-endian: the pooled final hidden states of the prompt
 
 

@@ -80,13 +80,14 @@ class Engine:
         depth: int = 1,
         prefix: bool = True,
         waiting: int = 1000,
+        forces: int = 0,
     ) -> None:
         limits = SchedulerLimits(
             max_num_seqs=rows, max_num_batched_tokens=budget, max_model_len=length, max_waiting=waiting
         )
         self.cache = KVCache(capacity + 1, prefix)
         self.scheduler = Scheduler(limits, self.cache, VOCAB)
-        self.executor = EchoExecutor(depth, VOCAB)
+        self.executor = EchoExecutor(depth, VOCAB, forces=forces)
         self.in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self.got: defaultdict[str, Got] = defaultdict(Got)
         self.plans: list[StepPlan] = []

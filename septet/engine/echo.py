@@ -57,6 +57,7 @@ class Row:
     n_prompt: int
     params: SamplingParams
     eos: tuple[int, ...]
+    forced_end: int = 0  # forced tokens were told up to this position
     chain: list[int] = field(default_factory=list)  # hash of tokens[: p + 1]: what KV of position p stands for
 
 
@@ -77,14 +78,18 @@ class Done:
 class EchoExecutor:
     """depth: steps in flight, as of any executor. step_s: seconds that each step pretends to take.
 
-    verify False skips the checks and the KV contents, for timing the scheduler alone.
+    verify False skips the checks and the KV contents, for timing the scheduler alone. forces: up to so many tokens
+    after a sampled one are told ahead, as a grammar would that leaves no choice; the text is the same.
     """
 
-    def __init__(self, depth: int = 1, vocab_size: int = 1000, *, verify: bool = True, step_s: float = 0.0) -> None:
+    def __init__(
+        self, depth: int = 1, vocab_size: int = 1000, *, verify: bool = True, step_s: float = 0.0, forces: int = 0
+    ) -> None:
         self.depth = depth
         self.vocab_size = vocab_size
         self.verify = verify
         self.step_s = step_s
+        self.forces = forces
         self._rows: dict[int, Row] = {}
         self._content: dict[int, int] = {}  # slot -> chain hash of the position it holds
         self._last_step = -1
@@ -98,6 +103,7 @@ class EchoExecutor:
         for join in plan.joins:
             self._join(join)
         for row in plan.rows:
+            self._learn(row)
             self._write(row)
         if self.verify:
             for row in plan.rows:
@@ -121,6 +127,27 @@ class EchoExecutor:
         if self.verify:
             row.chain = _chain(row.tokens)
 
+    def _learn(self, planned: PlanRow) -> None:
+        """Take in tokens that nobody sampled here."""
+        if planned.tokens:
+            row = self._rows[planned.row]
+            for token in planned.tokens[max(0, len(row.tokens) - planned.start) :]:
+                self._append(row, token)
+
+    def _append(self, row: Row, token: int) -> None:
+        row.tokens.append(token)
+        if self.verify:
+            row.chain.append(hash((row.chain[-1], token)))
+
+    def _force(self, row: Row) -> tuple[int, ...]:
+        """What will follow the last token, if this is one of those with forced ones behind it."""
+        n = row.tokens[-1] % (self.forces + 1) if self.forces and row.forced_end <= len(row.tokens) else 0
+        tokens = list(row.tokens)
+        for _ in range(n):
+            tokens.append(next_token(tokens, row.n_prompt, row.params, row.eos, self.vocab_size))
+        row.forced_end = max(row.forced_end, len(tokens))
+        return tuple(tokens[len(row.tokens) :])
+
     def _write(self, planned: PlanRow) -> None:
         row = self._rows[planned.row]
         row.slots.extend(planned.slots)
@@ -138,11 +165,9 @@ class EchoExecutor:
             return RowResult(planned.request, prompt_logprobs=prompt)
         pooled = _pooled(row.tokens, planned.pooling) if planned.pooling else b""
         token = next_token(row.tokens, row.n_prompt, row.params, row.eos, self.vocab_size)
-        row.tokens.append(token)
-        if self.verify:
-            row.chain.append(hash((row.chain[-1], token)))
+        self._append(row, token)
         logprobs = () if row.params.logprobs is None else (_logprob(token),)
-        return RowResult(planned.request, (token,), logprobs, prompt, pooled=pooled)
+        return RowResult(planned.request, (token,), logprobs, prompt, forced=self._force(row), pooled=pooled)
 
     # -- the rules of step.py -----------------------------------------------------------------------------------------
     def _check_plan(self, plan: StepPlan) -> None:
@@ -167,6 +192,8 @@ class EchoExecutor:
         request = join.request if join else row.request if row else ""
         computed = len(join.slots) if join else len(row.slots) if row else 0
         known = len(join.tokens) if join else len(row.tokens) if row else 0
+        if planned.tokens and row is not None:
+            known = self._check_tokens(name, planned, row)
         _rule(request == planned.request, f"{name}: the row belongs to it, not to {request}")
         _rule(not planned.pooling or computed == 0 or join is None, f"{name} is pooled, but finds a cached prefix")
         _rule(planned.start == computed, f"{name} starts at {planned.start}, where {computed} positions are computed")
@@ -174,7 +201,20 @@ class EchoExecutor:
         _rule(len(planned.slots) == planned.n, f"{name}: {len(planned.slots)} slots for {planned.n} tokens")
         _rule(all(slot > 0 for slot in planned.slots), f"{name} writes slot 0 or below")
         at_end = planned.start + planned.n == known
+        if row is not None and join is None and planned.start + planned.n < row.forced_end:
+            return  # whether the scheduler knew of the forced tokens when it made this plan, nobody here can say
         _rule(planned.n_sample == (1 if at_end else 0), f"{name} samples {planned.n_sample} at {planned.start}")
+
+    def _check_tokens(self, name: str, planned: PlanRow, row: Row) -> int:
+        """A chunk with tokens of its own follows forced ones, hence knows them all."""
+        _rule(len(planned.tokens) == planned.n, f"{name}: {len(planned.tokens)} tokens for {planned.n} positions")
+        _rule(planned.start + planned.n <= row.forced_end, f"{name} is given tokens that were not forced")
+        tokens = row.tokens[: planned.start]
+        for token in planned.tokens:
+            expected = next_token(tokens, row.n_prompt, row.params, row.eos, self.vocab_size)
+            _rule(token == expected, f"{name} is given token {token}, where {expected} is forced")
+            tokens.append(token)
+        return row.forced_end
 
     def _read_back(self, planned: PlanRow) -> None:
         """Every position of the row's context must still hold the tokens that led to it."""

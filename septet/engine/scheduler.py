@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from septet.engine.admission import SchedulerLimits, check_tokens, output_limit, stop_ids
 from septet.engine.messages import EngineStats, Update
 from septet.engine.policy import OrderedSequences, OutputEstimate, choose_victim
-from septet.engine.sequence import Sequence
+from septet.engine.sequence import NOTHING_OWED, Sequence
 from septet.engine.sharing import Prefills
 from septet.engine.tally import Tally
-from septet.errors import InvalidRequest, Overloaded, SeptetError
+from septet.errors import InvalidRequest, OutOfMemory, Overloaded, SeptetError
 from septet.request import FinishReason, Request
 from septet.step import Join, Logprobs, PlanRow, RowResult, StepPlan, StepResult
 
@@ -172,10 +172,16 @@ class Scheduler:
         seq.in_flight += 1
         seq.last_step = draft.step
         with_prompt = seq.wants_prompt_logprobs and start < seq.n_prompt - 1
-        pooling = request.pooling
-        draft.rows.append(PlanRow(request.id, seq.row, start, n, slots, n_sample, with_prompt, pooling=pooling))
+        tokens = self._owed(seq, start, start + n) if start + n > seq.owed else ()
+        draft.rows.append(PlanRow(request.id, seq.row, start, n, slots, n_sample, with_prompt, tokens, request.pooling))
         draft.sequences.append(seq)
         draft.budget -= n
+
+    @staticmethod
+    def _owed(seq: Sequence, start: int, stop: int) -> tuple[int, ...]:
+        """The tokens of a chunk that reaches into what the executor was not given."""
+        seq.owed = stop if stop < len(seq.tokens) else NOTHING_OWED
+        return tuple(seq.tokens[start:stop])
 
     def _send(self, draft: Draft, n_decodes: int) -> StepPlan:
         self._step += 1
@@ -260,6 +266,7 @@ class Scheduler:
         seq.row = heapq.heappop(self._free_rows)
         seq.joined = False
         seq.length = seq.n_known = len(seq.tokens)
+        seq.owed = NOTHING_OWED
         seq.planned = seq.computed = seq.lease.n_cached
         self._running.add(seq)
         if not seq.private:
@@ -324,16 +331,40 @@ class Scheduler:
                 seq.computed = row.start + row.n
                 if row.start < seq.n_known and not seq.private:
                     self._share(seq, row)
+            if row.n_sample and row.start + row.n < len(seq.tokens):
+                continue  # a forced token, which was told with the one before it
             if row.n_sample or row.prompt_logprobs:
                 updates.append(self._answer(seq, row, got))
         return updates
 
     def fail(self, plan: StepPlan, error: Exception) -> list[Update]:
-        """The oldest plan in flight raised: its requests end with the error. ValueError for another step."""
+        """The oldest plan in flight raised: its requests end with the error. ValueError for another step.
+
+        If it was too large for the device's memory, the request with most tokens in it ends, and the others start
+        again; a later plan in flight that names one builds on the failed step, so such a request ends too.
+        """
         draft = self._take(plan.step)
         for seq in draft.sequences:
             seq.in_flight -= 1
-        return [self._end(seq, FinishReason.ERROR, error) for seq in draft.sequences if not seq.ended]
+        alive = [(row, seq) for row, seq in zip(draft.rows, draft.sequences, strict=True) if not seq.ended]
+        if not isinstance(error, OutOfMemory):
+            return [self._end(seq, FinishReason.ERROR, error) for _, seq in alive]
+        largest = max(alive, key=lambda pair: (pair[0].n, pair[1].order), default=(None, None))[1]
+        updates = []
+        for _, seq in alive:
+            if seq is largest or seq.in_flight:
+                updates.append(self._end(seq, FinishReason.ERROR, error))
+            else:
+                self._restart(seq)
+        return updates
+
+    def _restart(self, seq: Sequence) -> None:
+        """What its last plan would have sampled never came to be: back to waiting, with what the host knows of it."""
+        was_ending, seq.length = seq.ending, len(seq.tokens)
+        if seq.lease is not None:
+            self._preempt(seq)
+        elif was_ending:
+            self._waiting.add(seq)
 
     def _take(self, step: int) -> Draft:
         if not self._in_flight or self._in_flight[0].step != step:
@@ -351,23 +382,43 @@ class Scheduler:
     def _answer(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update:
         """The update of one row: its token, if it samples, and whether that ends the request."""
         prompt_logprobs = self._prompt_logprobs(seq, row, got) if row.prompt_logprobs else ()
-        reason = stop_token = None
+        tokens, reason, stop_token = got.tokens, None, None
         if row.n_sample:
-            token = got.tokens[0]
-            seq.tokens.append(token)
-            n_tokens = len(seq.tokens)
-            if token in seq.stops and n_tokens - seq.n_prompt > seq.request.params.min_tokens:
-                reason, stop_token = FinishReason.STOP, token
-            elif got.ended:
-                reason = FinishReason.STOP
-            elif n_tokens >= seq.limit:
-                reason = FinishReason.LENGTH
-            self._tally.generated_tokens += 1
+            reason, stop_token = self._append(seq, got.tokens[0], ended=got.ended and not got.forced)
+            if got.forced and reason is None:
+                tokens, reason, stop_token = self._append_forced(seq, got)
         cached = 0 if seq.answered else self._first_answer(seq)
         if reason is not None:
-            self.estimate.finished(n_tokens - seq.n_prompt, seq.limit - seq.n_prompt)
+            self.estimate.finished(len(seq.tokens) - seq.n_prompt, seq.limit - seq.n_prompt)
             self._end(seq, reason)
-        return Update(got.request, got.tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached, got.pooled)
+        return Update(got.request, tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached, got.pooled)
+
+    def _append(self, seq: Sequence, token: int, ended: bool) -> tuple[FinishReason | None, int | None]:
+        """One more token of the output: (why it is the last, the stop id that it is)."""
+        seq.tokens.append(token)
+        self._tally.generated_tokens += 1
+        n_tokens = len(seq.tokens)
+        if token in seq.stops and n_tokens - seq.n_prompt > seq.request.params.min_tokens:
+            return FinishReason.STOP, token
+        if ended:
+            return FinishReason.STOP, None
+        return (FinishReason.LENGTH if n_tokens >= seq.limit else None), None
+
+    def _append_forced(self, seq: Sequence, got: RowResult) -> tuple[tuple[int, ...], FinishReason | None, int | None]:
+        """The tokens that must follow the sampled one: (all tokens of this answer, why the last is the last, stop id).
+
+        Steps in flight sample some of these positions; what lies behind them the executor must be given.
+        """
+        known = max(len(seq.tokens), seq.length)
+        reason = stop_token = None
+        for n, token in enumerate(got.forced, start=1):
+            reason, stop_token = self._append(seq, token, ended=got.ended and n == len(got.forced))
+            if reason is not None:
+                break
+        if len(seq.tokens) > known:
+            seq.owed = min(seq.owed, known)
+            seq.length = len(seq.tokens)
+        return (*got.tokens, *got.forced[:n]), reason, stop_token
 
     def _prompt_logprobs(self, seq: Sequence, row: PlanRow, got: RowResult) -> tuple[Logprobs, ...]:
         """Those not delivered before: a preempted sequence computes its prompt again."""

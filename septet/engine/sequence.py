@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from septet.kv.cache import Lease
     from septet.request import Request
 
-__all__ = ["MIN_SHARED", "Sequence"]
+__all__ = ["MIN_SHARED", "NOTHING_OWED", "Sequence"]
 
+NOTHING_OWED = 2**62
 MIN_SHARED = 32  # tokens: a shorter common prefix is not worth waiting for
 
 
@@ -36,6 +37,7 @@ class Sequence:
     length: int  # tokens that exist: known ones, and one for each sampling row in flight
     planned: int = 0  # positions handed to the executor, cached ones included
     computed: int = 0  # positions whose KV is known to be computed
+    owed: int = NOTHING_OWED  # the first position whose token the executor has not been given
     in_flight: int = 0  # plans that name it and are neither committed nor failed
     last_step: int = -1  # the newest plan that names it
     row: int = -1  # executor row, while running

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from septet.errors import InvalidRequest
 from septet.grammar import limits
+from septet.grammar.translate import forcing
 from septet.grammar.trial import TrialProcess
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Compiler:
         self._pool = ThreadPoolExecutor(limits.WORKERS, "grammar")
         self._trials: queue.LifoQueue[TrialProcess] = queue.LifoQueue()  # the one that was used last has started
         for _ in range(limits.WORKERS):
-            self._trials.put(TrialProcess(vocabulary, vocab_size, deadline_s))
-        self._tokenizer: LLTokenizer | None = None
+            self._trials.put(TrialProcess(vocabulary.without_encoder(), vocab_size, deadline_s))
+        self._tokenizer: tuple[LLTokenizer, bool] | None = None
         self._making = threading.Lock()
 
     def request(self, structured: Structured) -> Future[Grammar]:
@@ -92,12 +93,14 @@ class Compiler:
             text = trial.run(structured)
         finally:
             self._trials.put(trial)
-        matcher = LLMatcher(self._shared_tokenizer(), text, limits=limits.parser_limits(), log_level=0)
+        tokenizer, canonical = self._shared_tokenizer()
+        text = forcing(text) if canonical else text
+        matcher = LLMatcher(tokenizer, text, limits=limits.parser_limits(), log_level=0)
         if matcher.is_error():
             raise InvalidRequest(f"{structured.kind}: {matcher.get_error()[:500]}", param="structured")
         return Grammar(matcher)
 
-    def _shared_tokenizer(self) -> LLTokenizer:
+    def _shared_tokenizer(self) -> tuple[LLTokenizer, bool]:
         with self._making:
             if self._tokenizer is None:
                 self._tokenizer = self._vocabulary.tokenizer(self._vocab_size)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from septet.structured import Structured
 
-__all__ = ["translate"]
+__all__ = ["forcing", "translate"]
 
 Grammar = dict[str, Any]  # {"json_schema": ...} or {"lark_grammar": ...}
 ANY_TEXT = r"/(.|\n)*/"
@@ -32,6 +32,13 @@ def translate(structured: Structured, special: Mapping[str, int]) -> str:
     body, named = _body(structured, special)
     start = "start: @body\n" if structured.after is None else _after(structured.after, special)
     return json.dumps({"grammars": [{"lark_grammar": NO_FORCING + start}, {"name": "body", **body}, *named]})
+
+
+def forcing(text: str) -> str:
+    """What `translate` gave, with fixed text forced: split by the library into the tokens that the tokenizer gives."""
+    value = json.loads(text)
+    value["grammars"][0]["lark_grammar"] = value["grammars"][0]["lark_grammar"].removeprefix(NO_FORCING)
+    return json.dumps(value)
 
 
 def _body(structured: Structured, special: Mapping[str, int]) -> tuple[Grammar, list[Grammar]]:

@@ -139,7 +139,7 @@ def main() -> None:
     source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nobody prints between the frames
     hello = msgspec.msgpack.decode(_frame(source), type=Introduction)
-    tokenizer = hello.vocabulary.tokenizer(hello.vocab_size)
+    tokenizer, _ = hello.vocabulary.tokenizer(hello.vocab_size)
     special = hello.vocabulary.special_ids()
     _answer(target, Verdict())
     while payload := _frame(source):

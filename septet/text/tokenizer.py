@@ -115,6 +115,10 @@ class Tokenizer:
             raise InvalidRequest(f"the prompt has {len(ids)} tokens; at most {max_tokens} fit", param="prompt")
         return ids
 
+    def as_json(self) -> str:
+        """How text becomes ids, in the format of tokenizer.json: for the engine's grammars."""
+        return self._backend.to_str()
+
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         with self._modes.enter(parse_special):
             # the batched call lets other threads run meanwhile, the plain one does not

@@ -19,6 +19,7 @@ from septet.errors import InvalidRequest
 from septet.grammar.vocabulary import Vocabulary
 from septet.request import FinishReason, Request, SamplingParams
 from septet.structured import Structured
+from septet.text.vocabulary import byte_alphabet
 from tests import schemas, tiny
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 EOS = 301
 TOKENS = (
     [bytes([i]) for i in range(256)]
-    + [b'{"', b'":', b'"}', b"null", b"12", b"\xc3\xa9"]
-    + [b""] * 39
+    + [b'{"', b'":', b'"}', b"null", b"12", b"\xc3\xa9", b"nu", b"ll", b"ta", b"tag"]
+    + [b""] * 35
     + [b"<eos>"]
     + [b""] * 18
 )
+MERGES = ['{ "', '" :', '" }', "n u", "l l", "nu ll", "1 2", "t a", "ta g"]
 SCHEMA = {
     "type": "object",
     "properties": {"id": {"type": "integer", "minimum": 0, "maximum": 99}, "tag": {"enum": ["a", "bb", None]}},
@@ -49,6 +51,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build("llama", tmp_path_factory.mktemp("constraints"))
 
 
+def encoder() -> str:
+    """A byte-level tokenizer over TOKENS, as the session would send it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    spelled = {byte: character for character, byte in byte_alphabet().items()}
+    vocab = {"".join(spelled[b] for b in token): i for i, token in enumerate(TOKENS) if token and i != EOS}
+    merges = [tuple(merge.split()) for merge in MERGES]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(f"<unused{i}>") for i in range(len(backend.get_vocab()), EOS)])
+    backend.add_special_tokens([AddedToken("<eos>")])
+    return backend.to_str()
+
+
 def params(structured: Any, **values: Any) -> SamplingParams:
     defaults = {"max_tokens": 200, "seed": 5, "structured": structured}
     return SamplingParams(**{**defaults, **values})
@@ -59,7 +76,12 @@ def request(id: str, prompt: tuple[int, ...], wanted: SamplingParams) -> Request
 
 
 def with_engine(
-    model: Path, work: Callable[[InlineClient], Awaitable[Any]], *, taught: bool = True, **options: Any
+    model: Path,
+    work: Callable[[InlineClient], Awaitable[Any]],
+    *,
+    taught: bool = True,
+    forced: bool = False,
+    **options: Any,
 ) -> Any:
     """Run `work` over an engine with an audit that raises; it must be left with nothing held."""
 
@@ -69,7 +91,7 @@ def with_engine(
         client = await InlineClient.start(config, strict=True)
         try:
             if taught:
-                client.teach(Vocabulary.of(TOKENS, [EOS], [EOS]))
+                client.teach(Vocabulary.of(TOKENS, [EOS], [EOS], encoder() if forced else ""))
             result = await work(client)
             grammars = client.loop.grammars
             assert grammars is not None
@@ -108,8 +130,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_answers_follow_their_grammars_in_any_company(model: Path, way: str) -> None:
+def test_answers_follow_their_grammars_in_any_company(model: Path, way: str, forced: bool) -> None:
     wanted = [schemas.schema(seed) if seed % 3 else None for seed in range(30, 48)]
     seen: dict[str, Any] = {}
 
@@ -119,7 +142,7 @@ def test_answers_follow_their_grammars_in_any_company(model: Path, way: str) -> 
         seen["preemptions"] = (await client.stats()).preemptions
         return answers
 
-    answers = with_engine(model, work, **WAYS[way])
+    answers = with_engine(model, work, forced=forced, **WAYS[way])
     complete = 0
     for schema, (text, last) in zip(wanted, answers, strict=True):
         assert last.error is None
@@ -130,11 +153,66 @@ def test_answers_follow_their_grammars_in_any_company(model: Path, way: str) -> 
     assert way != "preempted" or seen["preemptions"] > 0, "nothing was preempted: the test shows nothing"
 
 
-def test_the_same_answer_in_every_way(model: Path) -> None:
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_same_answer_in_every_way(model: Path, forced: bool) -> None:
     wanted = [Structured.json_schema(SCHEMA)] * 6 + [None, None]
-    answers = [[text for text, _ in with_engine(model, many(wanted), **options)] for options in WAYS.values()]
+    answers = [
+        [text for text, _ in with_engine(model, many(wanted), forced=forced, **options)] for options in WAYS.values()
+    ]
     assert answers[0] == answers[1] == answers[2] == answers[3]
     assert len(set(answers[0])) > 3
+
+
+FIXED = "tag tag null 12 tag null null tag 12 12 tag"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forced_text_is_one_chunk(model: Path, way: str) -> None:
+    """Few steps for many tokens, split as the tokenizer splits them; the same where they are sampled one by one."""
+    from tokenizers import Tokenizer
+
+    shape = Structured.regex(f"[ab]{FIXED}[ab]{FIXED}")
+    canonical = Tokenizer.from_str(encoder()).encode(FIXED).ids
+
+    async def work(client: InlineClient) -> tuple[list[int], list[int], Update, int]:
+        told: list[int] = []
+        async for update in client.generate(request("a", (1, 2, 3), params(shape))):
+            told += update.tokens
+        steps = (await client.stats()).steps
+        wanted = request("b", (1, 2, 3), params(shape, logprobs=0))
+        single = [update async for update in client.generate(wanted)]
+        assert [len(update.logprobs) for update in single] == [1] * len(single)
+        return told, [token for update in single for token in update.tokens], update, steps
+
+    told, single, last, steps = with_engine(model, work, forced=True, **WAYS[way])
+    assert last.finish_reason is FinishReason.STOP
+    assert told == single
+    assert told[1 : 1 + len(canonical)] == told[2 + len(canonical) :] == canonical
+    assert steps < len(told) / 2, f"{steps} steps for {len(told)} tokens"
+
+
+def test_forced_tokens_end_where_others_would(model: Path) -> None:
+    """max_tokens and stop ids inside forced text, with tokens counted once."""
+    shape = Structured.regex(f"[ab]{FIXED}")
+
+    async def work(client: InlineClient) -> None:
+        counted = 0
+        for limit in (1, 2, 3, 7):
+            answer = [u async for u in client.generate(request("a", (1, 2), params(shape, max_tokens=limit)))]
+            assert sum(len(u.tokens) for u in answer) == limit
+            assert answer[-1].finish_reason is FinishReason.LENGTH
+            counted += limit
+        stops = params(shape, stop_token_ids=(TOKENS.index(b"null"),))
+        text, last = await ask(client, request("b", (1, 2), stops))
+        counted += 6
+        assert text[1:] == b"tag tag null"
+        assert last.stop_token == TOKENS.index(b"null")
+        text, last = await ask(client, request("c", (1, 2), params(shape, ignore_eos=True, min_tokens=50)))
+        assert text[1:] == FIXED.encode()
+        assert (await client.stats()).generated_tokens == counted + 1 + 21
+
+    for overlap in ("off", "on"):
+        with_engine(model, work, forced=True, overlap=overlap)
 
 
 def one(model: Path, wanted: SamplingParams, **options: Any) -> tuple[bytes, Update]:

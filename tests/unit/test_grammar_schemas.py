@@ -37,7 +37,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> LLTokenizer:
-    return vocabulary().tokenizer(vocab_size=300)
+    return vocabulary().tokenizer(vocab_size=300)[0]
 
 
 def answer(structured: Structured, tokenizer: LLTokenizer, seed: int) -> str | None:

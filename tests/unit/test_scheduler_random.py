@@ -27,6 +27,7 @@ def loads(draw: st.DrawFn) -> tuple[Engine, list[tuple[int, Request]], list[tupl
         length=draw(st.integers(8, 60)),
         capacity=capacity,
         depth=draw(st.integers(1, 2)),
+        forces=draw(st.sampled_from([0, 0, 1, 4, 9])),
         prefix=draw(st.booleans()),
     )
     longest = min(capacity, engine.scheduler.limits.max_model_len - 1)
@@ -89,7 +90,8 @@ def test_recorded_plans_replayed_give_the_same_results(load: tuple) -> None:
     engine.run(2000)
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(StepPlan)
     results = msgspec.msgpack.Decoder(StepResult)
-    first, second = EchoExecutor(1, VOCAB), EchoExecutor(1, VOCAB)
+    forces = engine.executor.forces
+    first, second = (EchoExecutor(1, VOCAB, forces=forces) for _ in range(2))
     for plan in engine.plans:
         replayed = decoder.decode(encoder.encode(plan))
         assert replayed == plan
