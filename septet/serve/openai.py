@@ -12,13 +12,14 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from septet.serve import openai_embeddings, openai_tokens
+from septet.serve import openai_batches, openai_embeddings, openai_files, openai_tokens
 from septet.serve.body import body_of
 from septet.serve.calls import ChatCall, CompletionCall, parse_chat, parse_completion
 from septet.serve.dialect import Dialect
 from septet.serve.fields import CHAT, COMPLETION, MESSAGES, PROMPT, schema_of
 from septet.serve.generation import generate
 from septet.serve.models import not_found
+from septet.serve.openai_responses import responses_answer
 from septet.serve.shapes import ChatShape, CompletionShape, Shape
 from septet.serve.sse import Reply, until_gone
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from septet.serve.models import ModelCard
     from septet.session.session import Session
 
-__all__ = ["OPENAI", "chat", "completions", "model", "models"]
+    Make = Callable[[Session, Any, str], Awaitable[Shape]]
+
+__all__ = ["OPENAI", "WHOLE_ANSWERS", "chat", "completions", "model", "models"]
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -56,12 +59,18 @@ def _card(card: ModelCard) -> dict[str, Any]:
 # -- generation -------------------------------------------------------------------------------------------------------
 async def chat(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     call = parse_chat(await body_of(service, scope, receive))
-    await until_gone(receive, _answer(service, call, reply, _chat_shape))
+    await _tell(service, call, _chat_shape, receive, reply)
 
 
 async def completions(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     call = parse_completion(await body_of(service, scope, receive))
-    await until_gone(receive, _answer(service, call, reply, _completion_shape))
+    await _tell(service, call, _completion_shape, receive, reply)
+
+
+async def _tell(service: Service, call: Any, make: Make, receive: Receive, reply: Reply) -> None:
+    answer = await until_gone(receive, _answer(service, call, make, reply))
+    if answer:
+        await reply.json(answer)
 
 
 async def _chat_shape(session: Session, call: ChatCall, name: str) -> ChatShape:
@@ -94,22 +103,20 @@ def _number() -> str:
     return secrets.token_hex(12)
 
 
-async def _answer(
-    service: Service, call: Any, reply: Reply, make: Callable[[Session, Any, str], Awaitable[Shape]]
-) -> None:
+async def _answer(service: Service, call: Any, make: Make, reply: Reply | None) -> dict[str, Any]:
+    """The whole answer; of a stream nothing, once it is told."""
     how: dict[str, Any] = {"priority": call.priority, "cache_salt": call.cache_salt}
     if isinstance(call, ChatCall):
         how["reading"] = call.reading
     async with service.models.use(call.model) as session:
         shape = await make(session, call, call.model or service.names[0])
         async with aclosing(generate(service, session, shape.prompts, call.params, **how)) as events:
-            await (_stream if call.stream else _whole)(events, shape, reply)
-
-
-async def _whole(events: AsyncGenerator[Numbered, None], shape: Shape, reply: Reply) -> None:
-    async for number, event in events:
-        shape.add(number, event)
-    await reply.json(shape.whole())
+            if call.stream and reply is not None:
+                await _stream(events, shape, reply)
+                return {}
+            async for number, event in events:
+                shape.add(number, event)
+            return shape.whole()
 
 
 async def _stream(events: AsyncGenerator[Numbered, None], shape: Shape, reply: Reply) -> None:
@@ -125,6 +132,25 @@ async def _stream(events: AsyncGenerator[Numbered, None], shape: Shape, reply: R
     await reply.done()
 
 
+# -- for batches ------------------------------------------------------------------------------------------------------
+async def _whole_chat(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    return await _answer(service, parse_chat(body), _chat_shape, None)
+
+
+async def _whole_completion(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    return await _answer(service, parse_completion(body), _completion_shape, None)
+
+
+async def _whole_embeddings(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    return await openai_embeddings.embeddings_answer(service, openai_embeddings.parse_embeddings(body))
+
+
+WHOLE_ANSWERS = {
+    "/v1/chat/completions": _whole_chat,
+    "/v1/completions": _whole_completion,
+    "/v1/embeddings": _whole_embeddings,
+    "/v1/responses": responses_answer,
+}
 OPENAI = Dialect(
     "openai",
     (
@@ -132,10 +158,13 @@ OPENAI = Dialect(
         ("GET", "/v1/models/{model:path}", model),
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat),
+        *openai_batches.ROUTES,
         *openai_embeddings.ROUTES,
+        *openai_files.ROUTES,
         *openai_tokens.ROUTES,
     ),
     schemas={
+        **openai_batches.SCHEMAS,
         **openai_embeddings.SCHEMAS,
         **openai_tokens.SCHEMAS,
         "/v1/completions": schema_of(COMPLETION, "prompt", prompt=PROMPT),

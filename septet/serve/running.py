@@ -118,8 +118,10 @@ async def serve(app: ASGIApp, service: Service, sock: socket.socket, on_ready: C
     server = Server(config)
     watches = [asyncio.create_task(_end_with_engine(service, server)), asyncio.create_task(_end_stalled(service))]
     try:
+        service.batches.resume()
         await server.serve(sockets=[sock])
     finally:
+        await service.batches.close()
         for watch in watches:
             watch.cancel()
     return 1 if service.models.dead else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from septet.errors import EngineDead
@@ -14,6 +15,7 @@ from septet.serve.admission import Admission
 from septet.serve.keys import Keys
 from septet.serve.metrics import Metrics
 from septet.serve.models import FixedModels, Models
+from septet.serve.openai_batch_run import Batches
 from septet.serve.openai_responses_store import ResponseStore
 from septet.serve.scope import Scopes
 from septet.session.session import Session
@@ -64,6 +66,13 @@ class Service:
         self.access_log: AccessLog | None = None
         self.tracing: Tracing | None = None
         self.draining = False
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Files and batches on disk; nothing is read before the first use."""
+        from septet.serve.openai import WHOLE_ANSWERS
+
+        return Batches(self, WHOLE_ANSWERS)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from septet.serve.dialect import OPENAI_ERRORS
 from septet.serve.errors import ClientGone
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
 
     from starlette.types import Receive, Send
 
@@ -32,7 +32,7 @@ class Reply:
     def __init__(self, send: Send, *, write_timeout_s: float, errors: ErrorStyle = OPENAI_ERRORS) -> None:
         self._send = send
         self.errors = errors
-        self._write_timeout_s = write_timeout_s
+        self._patience = _Patience(write_timeout_s)
         self._encoder = msgspec.json.Encoder()
         self.status: int | None = None
         self.streaming = False
@@ -45,6 +45,13 @@ class Reply:
     async def raw(self, body: bytes, media_type: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
         await self._start(status, {"content-type": media_type, "content-length": str(len(body)), **(headers or {})})
         await self._body(body, more=False)
+
+    async def download(self, parts: Iterable[bytes], media_type: str, n_bytes: int) -> None:
+        """A body of `n_bytes` in parts, each asked for when the one before is taken."""
+        await self._start(200, {"content-type": media_type, "content-length": str(n_bytes)})
+        for part in parts:
+            await self._body(part, more=True)
+        await self.end()
 
     async def event(self, data: Any, name: str | None = None) -> None:
         """One event, of this name if given; the first one begins the stream."""
@@ -92,11 +99,51 @@ class Reply:
 
     async def _write(self, message: dict[str, Any]) -> None:
         try:
-            async with asyncio.timeout(self._write_timeout_s):
+            with self._patience:
                 await self._send(message)
         except (TimeoutError, OSError):  # a reader that has stopped reading, or is gone
             self.ended = True
             raise ClientGone from None
+
+
+class _Patience:
+    """`asyncio.timeout` for many short waits of one task, one after the other: TimeoutError after `limit_s` in one.
+
+    There is at most one timer per `limit_s`, not one per wait: a stream waits for each token, and nearly never long.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None  # that waits now
+        self._since = 0.0
+        self._cancelling = 0  # cancels of the task before this wait: not ours
+        self._over = False
+
+    def __enter__(self) -> None:
+        self._task, self._since, self._over = asyncio.current_task(), self._loop.time(), False
+        self._cancelling = self._task.cancelling() if self._task is not None else 0
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._limit_s, self._look)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        task, self._task = self._task, None
+        if self._over and task is not None:
+            ours_alone = task.uncancel() <= self._cancelling
+            if ours_alone and kind is asyncio.CancelledError:
+                raise TimeoutError from error
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._task is None:
+            return
+        end = self._since + self._limit_s
+        if self._loop.time() < end:
+            self._timer = self._loop.call_at(end, self._look)
+        else:
+            self._over = True
+            self._task.cancel()
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
