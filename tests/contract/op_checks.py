@@ -172,7 +172,7 @@ def check_qkv_write(
     angle = inputs.normal(max(kv_lens), dim // 2, dtype=torch.float32) * 9
     cos_sin = torch.cat((angle.cos(), angle.sin()), -1)
     norms = (inputs.normal(dim) + 1, inputs.normal(dim) + 1, 1e-5) if norm else (None, None, 0.0)
-    got = ops.qkv_write(qkv, kv, layout, cos_sin, *norms)
+    got = ops.value(ops.qkv_write(qkv, kv, layout, cos_sin, *norms))
     want = oracle.qkv_write(qkv, expected, layout, cos_sin, *norms)
     close(got, want, "q", 3)  # values of several units after the norm's weight
     close(kv.k, expected.k, "keys", 3)
@@ -184,14 +184,14 @@ def check_simple(ops: Ops, oracle: Ops, inputs: Inputs, n: int, width: int) -> N
     """The ops on (T, D) alone: norms, activations, lookups, cap."""
     x, residual, weight = inputs.normal(n, width) * 3, inputs.normal(n, width), inputs.normal(width)
     x[0] *= 1e-3  # eps matters here
-    close(ops.rms_norm(x, weight, 1e-5), oracle.rms_norm(x, weight, 1e-5), "rms_norm", 2)
+    close(ops.value(ops.rms_norm(x, weight, 1e-5)), oracle.rms_norm(x, weight, 1e-5), "rms_norm", 2)
     for got, want, what in zip(
         ops.add_rms_norm(x, residual, weight, 1e-6),
         oracle.add_rms_norm(x, residual, weight, 1e-6),
         ("normed", "sum"),
         strict=True,
     ):
-        close(got, want, what, 2) if what == "normed" else same(ops, got, want, what)
+        close(ops.value(got), want, what, 2) if what == "normed" else same(ops, got, want, what)
     gate_up = inputs.normal(n, 2 * width) * 4
     gate_up[0, :2] = torch.tensor([1e4, -1e4])  # exp of these overflows
     for kind in ("silu", "gelu_tanh"):

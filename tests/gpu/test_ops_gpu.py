@@ -148,9 +148,9 @@ def test_a_captured_step_follows_its_inputs(ops: Ops, seed: int, step: str) -> N
     hot, seeds = torch.full((n,), 0.7, device=CUDA), inputs.integers(0, 2**62, n)
 
     def run() -> tuple[Tensor, Tensor]:
-        q = ops.qkv_write(qkv, kv, layout, cos_sin)
+        q = ops.value(ops.qkv_write(qkv, kv, layout, cos_sin))
         normed, total = ops.add_rms_norm(ops.attention(q, kv, layout, 0.125), q.view(n, -1), weight, 1e-5)
-        return total, ops.gumbel_argmax(normed.float(), hot, seeds, layout.positions)
+        return total, ops.gumbel_argmax(ops.value(normed).float(), hot, seeds, layout.positions)
 
     run()
     torch.cuda.synchronize()
