@@ -85,11 +85,12 @@ def skinny_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, 
 
 
 def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str, Any]:
-    const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": decode.splits_of(rows, 8, 8192, 132), "PARTS": parts}
-    const |= {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_E": max(32, dim), "STAGES": 2, "NORM": extras, "WINDOW": extras}
-    return compile_one(
-        decode._decode_kernel, {**const, "CAP": extras, "PDL": True}, 4, qkv_ptr=BF16 if parts == 1 else F32
-    )
+    splits = decode.splits_of(rows, 8, 8192, 132)
+    t = decode.tile_of(8 * rows * splits, 2 * dim, 132)
+    const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": splits, "PARTS": parts, "BLOCK_M": 16, "BLOCK_N": t.block_n}
+    const |= {"BLOCK_E": dim, "STAGES": t.num_stages, "PRELOAD": t.preload, "NORM": extras, "WINDOW": extras}
+    kind = BF16 if parts == 1 else F32
+    return compile_one(decode._decode_kernel, {**const, "CAP": extras, "PDL": True}, t.num_warps, qkv_ptr=kind)
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def main() -> None:
                 "skinny 64 rows, pair": skinny_of(8192, 2048, 64, act=True),
                 "decode 1 row": decode_of(1, 64, 1),
                 "decode 32 rows of parts": decode_of(32, 128, 4),
-                "decode 64 rows, norms, window, cap": decode_of(64, 128, 1, extras=True),
+                "decode 128 rows, norms, window, cap": decode_of(128, 128, 1, extras=True),
                 "attention decode, 1 row": attention_of(1, 1, 64),
                 "attention decode, 64 rows": attention_of(64, 64, 128),
                 "attention prefill": attention_of(2048, 1, 128),

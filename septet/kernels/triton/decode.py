@@ -11,6 +11,7 @@ pool. The last program of a row to arrive merges the shares (a counter in memory
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from septet.kernels.triton.pdl import launch_options
 if TYPE_CHECKING:
     from septet.kernels.ops import LayerKV, Layout
 
-__all__ = ["decode_attention", "splits_of"]
+__all__ = ["Tile", "decode_attention", "splits_of", "tile_of"]
 
 BLOCK_M = 16  # rows of the smallest matrix instruction: the query heads of one KV head, the rest idle
 MAX_SPLITS = 32
@@ -105,8 +106,8 @@ def _decode_kernel(
     qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
     slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps, window, scale, cap, part_stride, k_stride, v_stride,
     slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    PRELOAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
@@ -131,8 +132,9 @@ def _decode_kernel(
     hi = tl.minimum(lo + share, past)
     slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
-    k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at[None, :], e[None, :], k_stride, v_stride, half, E,
-                            BLOCK_N)  # fmt: skip
+    if PRELOAD:
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at[None, :], e[None, :], k_stride, v_stride, half, E,
+                                BLOCK_N)  # fmt: skip
     slot = tl.load(slots_ptr + row)
     angle = cos_sin_ptr + past.to(tl.int64) * E + at
     cos = tl.load(angle, mask=at < half, other=0.0)[None, :]
@@ -146,8 +148,10 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
-    for start in tl.range(lo + BLOCK_N, hi, BLOCK_N, num_stages=STAGES):
+    if PRELOAD:
+        acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
+        lo += BLOCK_N
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at[None, :], e[None, :], k_stride, v_stride,
                                 half, E, BLOCK_N)  # fmt: skip
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
@@ -209,6 +213,24 @@ def _decode_kernel(
         tl.store(arrived_ptr + row * G + kv_head, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_n tokens of context a turn; preload: the first turn's are loaded before the predecessor has ended."""
+
+    block_n: int
+    num_stages: int
+    num_warps: int
+    preload: bool
+
+
+def tile_of(n_programs: int, row_bytes: int, n_sms: int) -> Tile:
+    """Measured on an H100. Few programs live on latency, many on bandwidth: then registers are better spent on more of
+    them at once. row_bytes: of one key of one head, padded to a power of two."""
+    if n_programs <= 4 * n_sms:
+        return Tile(max(min(128 * 256 // row_bytes, 128), 32), 2, 4, True)
+    return Tile(max(min(64 * 256 // row_bytes, 64), 32), 3, 4, False)
+
+
 def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
     """A power of two that gives each multiprocessor about two programs; each then reads at least one tile."""
     wanted = min(2 * n_sms // max(n_rows * n_kv, 1), -(-max_context // SPLIT_TOKENS), MAX_SPLITS)
@@ -229,6 +251,7 @@ def decode_attention(
     dtype: torch.dtype,
     arrived: Tensor,
     n_sms: int,
+    tile: Tile | None = None,
 ) -> Tensor:
     """qkv (R, (H + 2G) E), or its float32 parts (P, R, ...) -> (R, H E) in `dtype`; one token a row.
 
@@ -240,7 +263,6 @@ def decode_attention(
     ratio = width // dim // n_kv - 2
     out = torch.empty(n_rows, ratio * n_kv * dim, dtype=dtype, device=qkv.device)
     block_e = max(triton.next_power_of_2(dim), 32)
-    block_n = max(min(128 * 256 // (block_e * kv.k.element_size()), 128), 32)  # measured: 128 tokens a turn
     context = layout.max_kv if window is None else min(layout.max_kv, window)
     splits = splits_of(n_rows, n_kv, context, n_sms)
     block_m = max(BLOCK_M, triton.next_power_of_2(ratio))
@@ -249,12 +271,14 @@ def decode_attention(
         acc = torch.empty(n_rows, n_kv, splits, block_m, block_e, dtype=torch.float32, device=qkv.device)
         top = torch.empty(n_rows, n_kv, splits, block_m, dtype=torch.float32, device=qkv.device)
         total = torch.empty_like(top)
+    t = tile or tile_of(n_kv * n_rows * splits, block_e * kv.k.element_size(), n_sms)
     norm = q_norm is not None and k_norm is not None
     _decode_kernel[(n_kv, n_rows, splits)](
         qkv, out, acc, top, total, arrived, kv.k, kv.v, layout.rows, layout.kv_len, layout.slots, layout.slot_of,
         cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, eps, 0 if window is None else window,
         scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
-        G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_E=block_e,
-        STAGES=2, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0, num_warps=4, **launch_options(),
+        G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_E=block_e,
+        STAGES=t.num_stages, PRELOAD=t.preload, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0,
+        num_warps=t.num_warps, **launch_options(),
     )  # fmt: skip
     return out
