@@ -5,10 +5,10 @@ Fields are checked by `anthropic_call.py`, answers shaped by `anthropic_shape.py
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -20,6 +20,7 @@ from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import error_body, headers_of, status_of
 from septet.serve.generation import generate
 from septet.serve.models import not_found
+from septet.serve.pace import paced
 from septet.serve.sse import Reply, until_gone
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _errors(number: str) -> ErrorStyle:
 def _numbered(handler: Handler) -> Handler:
     """The handler with the request's number in its headers and errors; the number is ours, never a client's."""
 
+    @wraps(handler)
     async def handle(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
         number = f"req_{secrets.token_hex(12)}"
         reply.errors = _errors(number)
@@ -133,39 +135,17 @@ async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer, reply: 
 
 
 async def _stream(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
-    async with aclosing(_with_pauses(events)) as paced:
-        async for item in paced:
+    async with aclosing(paced(events, PING_S)) as told:
+        async for item in told:
             if not reply.streaming:
                 await reply.event(answer.start(), "message_start")
                 await reply.event({"type": "ping"}, "ping")
             elif item is None:
                 await reply.event({"type": "ping"}, "ping")
             if item is not None:
-                for told in answer.feed(item[1]):
-                    await reply.event(told, told["type"])
+                for part in answer.feed(item[1]):
+                    await reply.event(part, part["type"])
     await reply.end()
-
-
-async def _with_pauses(events: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered | None, None]:
-    """The events, and None whenever none came for `PING_S`."""
-    following: asyncio.Future[Numbered] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait((following,), timeout=PING_S)
-            if not done:
-                yield None
-                continue
-            task, following = following, None
-            try:
-                item = task.result()
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
