@@ -48,6 +48,9 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
+    def as_json(self) -> str:
+        return ""
+
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b"<eos>"
 
