@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from septet.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from starlette.types import ASGIApp
 
@@ -116,15 +116,22 @@ async def serve(app: ASGIApp, service: Service, sock: socket.socket, on_ready: C
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = Server(config)
+    async with _beside(service, server):
+        await server.serve(sockets=[sock])
+    return 1 if service.models.dead else 0
+
+
+@contextlib.asynccontextmanager
+async def _beside(service: Service, server: Any) -> AsyncGenerator[None, None]:
+    """What goes on while requests are served: the watch over the engines, and batches."""
     watches = [asyncio.create_task(_end_with_engine(service, server)), asyncio.create_task(_end_stalled(service))]
     try:
         service.batches.resume()
-        await server.serve(sockets=[sock])
+        yield
     finally:
         await service.batches.close()
         for watch in watches:
             watch.cancel()
-    return 1 if service.models.dead else 0
 
 
 async def _end_with_engine(service: Service, server: Any) -> None:
