@@ -51,6 +51,7 @@ class Call:
     params: SamplingParams
     stream: bool = False
     include_usage: bool = False
+    usage_in_chunks: bool = False  # in every chunk, as far as it is
     echo: bool = False
     return_token_ids: bool = False
     priority: int = 0
@@ -138,14 +139,14 @@ def _shared(fields: Fields, params: SamplingParams) -> dict[str, Any]:
         "model": fields.optional_string("model"),
         "params": params,
         "stream": stream,
-        "include_usage": _include_usage(fields, stream),
+        **_usage_options(fields, stream),
         "return_token_ids": fields.boolean("return_token_ids", False),
         "priority": fields.integer("priority", 0),
         "cache_salt": fields.string("cache_salt", ""),
     }
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage_options(fields: Fields, stream: bool) -> dict[str, bool]:
     options = fields.object("stream_options")
     if fields.given("stream_options") and not stream:
         raise InvalidRequest("stream_options is allowed only when stream is true", param="stream_options")
@@ -154,9 +155,8 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
             raise InvalidRequest(f"unknown field 'stream_options.{name[:80]}'", param="stream_options")
         if value is not None and not isinstance(value, bool):
             raise InvalidRequest(f"stream_options.{name} must be true or false", param="stream_options")
-    if options.get("continuous_usage_stats"):
-        raise InvalidRequest("stream_options.continuous_usage_stats is not supported yet", param="stream_options")
-    return bool(options.get("include_usage"))
+    wanted = bool(options.get("include_usage"))
+    return {"include_usage": wanted, "usage_in_chunks": wanted and bool(options.get("continuous_usage_stats"))}
 
 
 def _params(fields: Fields, own: dict[str, Any]) -> SamplingParams:

@@ -57,6 +57,7 @@ class Shape:
         self.usages: dict[int, Usage] = {}
         self._head = {"id": f"{self.prefix}-{number}", "created": created, "model": model}
         self._prompt_logprobs: dict[int, tuple[PositionLogprobs | None, ...]] = {}
+        self._n_output: dict[int, int] = {}  # tokens told so far, per choice of a stream
         self._choices = [_Whole() for _ in range(len(prompts) * call.params.n)]
 
     # -- whole --------------------------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class Shape:
         if isinstance(event, Finished):
             self._note(number, event)
             return self._wrap(self.last_choice(index, event))
+        self._n_output[index] = self._n_output.get(index, 0) + len(event.token_ids)
         told = event.text or event.logprobs or event.calls or event.reasoning
         if not told and not self.call.return_token_ids:
             return None
@@ -117,8 +119,14 @@ class Shape:
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_object, "choices": [choice]}
         if self.call.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage_so_far(choice["index"]) if self.call.usage_in_chunks else None
         return chunk
+
+    def _usage_so_far(self, index: int) -> dict[str, int]:
+        """Of one choice, as vLLM's continuous_usage_stats."""
+        prompt = len(self.prompts[index // self.call.params.n].tokens)
+        output = self.usages[index].completion_tokens if index in self.usages else self._n_output.get(index, 0)
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
     # -- usage --------------------------------------------------------------------------------------------------------
     def _note(self, number: int, finished: Finished) -> None:
@@ -164,7 +172,10 @@ class ChatShape(Shape):
     def opening(self) -> Iterator[dict[str, Any]]:
         for index in range(self.call.params.n):
             delta = {"role": "assistant", "content": self._echoed}
-            yield self._wrap({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+            chunk = self._wrap({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+            if self.call.return_token_ids:
+                chunk["prompt_token_ids"] = self.prompts[0].tokens
+            yield chunk
 
     def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
         told: dict[str, Any] = self._thoughts(delta.reasoning)
@@ -233,7 +244,11 @@ class CompletionShape(Shape):
     def delta_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
         text, positions = self._with_echo(index, delta.text, delta.logprobs)
         choice = self._choice(index, text, positions, None)
-        return choice | ({"token_ids": delta.token_ids} if self.call.return_token_ids else {})
+        if self.call.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if self._n_output[index] == len(delta.token_ids):  # the first of this choice
+                choice["prompt_token_ids"] = self.prompts[index // self.call.params.n].tokens
+        return choice
 
     def last_choice(self, index: int, finished: Finished) -> dict[str, Any]:
         return self._choice(index, "", (), finished)
