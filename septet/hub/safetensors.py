@@ -9,7 +9,7 @@ Source: the format's page at huggingface.co/docs/safetensors. Layout: u64 header
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path, PureWindowsPath
@@ -21,7 +21,7 @@ from septet.hub.facts import parse_json, read_json, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SafetensorsDir", "TensorInfo"]
+__all__ = ["DTYPE_BYTES", "SafetensorsDir", "TensorInfo"]
 
 MAX_HEADER_BYTES = 32 * 2**20  # per file, and of the index
 MAX_TENSORS = 2**18  # per file
@@ -40,6 +40,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # the format's name: "F32", "BF16", ...
     file: str  # plain name inside the directory
+    offset: int = field(default=0, compare=False)  # bytes from the start of the file
 
 
 class SafetensorsDir:
@@ -156,7 +157,8 @@ def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise ModelFileError(f"{file} has {len(header)} tensors; at most {MAX_TENSORS} are accepted")
-    return _check_entries(file, header, size - 8 - n_header)
+    tensors = _check_entries(file, header, size - 8 - n_header)
+    return {name: replace(info, offset=8 + n_header + info.offset) for name, info in tensors.items()}
 
 
 def _check_entries(file: str, header: dict[str, Any], n_data: int) -> dict[str, TensorInfo]:
@@ -191,7 +193,7 @@ def _check_entry(file: str, name: str, entry: object) -> tuple[TensorInfo, int, 
     n_bytes = prod(shape) * DTYPE_BYTES[dtype]  # type: ignore[arg-type]
     if n_bytes != end - begin:
         raise ModelFileError(f"{what}: {dtype} of shape {shown(shape)} is {n_bytes} bytes, not {end - begin}")
-    return TensorInfo(tuple(shape), dtype, file), begin, end  # type: ignore[arg-type]
+    return TensorInfo(tuple(shape), dtype, file, begin), begin, end  # type: ignore[arg-type]
 
 
 def _naturals(values: object) -> bool:

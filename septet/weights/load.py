@@ -2,12 +2,14 @@
 
 `engine/build.py` calls `open_source`; layers pull from the result (contract: `source.py`). What stays packed and what
 becomes dense is decided here, by what the ops at hand can multiply. One tensor is handled at a time and large ones in
-chunks of rows, so that loading needs little more memory than the model. Knows no layer and no architecture's forward.
+chunks of rows, so that loading needs little more memory than the model; a GPU gets them from a stream (`stream.py`).
+Knows no layer and no architecture's forward.
 """
 
 from __future__ import annotations
 
 import warnings
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,13 @@ import torch
 
 from septet.errors import ModelFileError, UnsupportedModel
 from septet.hub.gguf import GGUFFile
-from septet.hub.safetensors import SafetensorsDir
+from septet.hub.safetensors import DTYPE_BYTES, SafetensorsDir
 from septet.kernels import ggml
+from septet.machine import usable_cpus
 from septet.quant.gguf import GGUFBlocks
 from septet.quant.none import Dense
-from septet.weights.names import canonical_of_gguf, canonical_of_hf, is_harmless
+from septet.weights.names import build_order, canonical_of_gguf, canonical_of_hf, is_harmless
+from septet.weights.stream import Span, WeightStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GGUFSource", "SafetensorsSource", "open_source"]
 
+MAX_THREADS = 12  # that stream: memory is busy before that
 CHUNK = 1 << 20  # weights made dense at once: temporaries of 4 MiB, which the allocator reuses without new pages
+DEVICE_CHUNK = 1 << 25  # the same on a GPU, where each chunk costs some launches
 INTERLEAVED = ("llama", "mistral")  # GGUF stores their q and k for rotation of neighbours (2i, 2i + 1)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
 
@@ -47,7 +53,7 @@ def open_source(path: str | Path, config: ModelConfig, ops: Ops, device: torch.d
     path = Path(path)
     if path.is_dir():
         return SafetensorsSource(SafetensorsDir.open(path), config, device, dtype)
-    return GGUFSource(GGUFFile.open(path), config, ops, device, dtype)
+    return GGUFSource(GGUFFile.open(path), config, ops, device, dtype, path)
 
 
 class Inventory:
@@ -90,7 +96,16 @@ class Inventory:
 class GGUFSource:
     """Weights of a GGUF file. Matrices whose block type the ops multiply stay blocks, on the CPU in the mapped file."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: ModelConfig,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+        path: Path | None = None,
+    ) -> None:
+        """`path`: of the file, where it may be streamed."""
         self.file = file
         self.config = config
         self.ops = ops
@@ -98,12 +113,18 @@ class GGUFSource:
         self.dtype = dtype
         entries = ((canonical_of_gguf(t.name, config.architecture), t.name, t.shape) for t in file.tensors.values())
         self.inventory = Inventory(file.name, entries)
+        spans = [
+            (canonical, Span(own, path, info.offset, info.n_bytes))
+            for canonical, (own, shape) in self.inventory.known.items()
+            if path is not None and len(shape) > 1 and (info := file.tensors[own]).n_bytes
+        ]
+        self.stream = _streamed(spans, device)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
         info = self.file.tensors[self.inventory.take(name, shape)]
-        rows, order = self._rows(info), self._row_order(name, shape[0])
+        rows, order = self._streamed_rows(info), self._row_order(name, shape[0])
         if info.kind in self.ops.block_kinds:
-            blocks = rows if order is None else rows[order]
+            blocks = rows if order is None else rows[order.to(rows.device)]
             return GGUFBlocks(info.kind).pack(blocks.to(self.device))
         return Dense.pack(self._dense(rows, order, info.kind, shape))
 
@@ -117,6 +138,8 @@ class GGUFSource:
         return name in self.inventory.known
 
     def finish(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
         self.file.close()  # blocks that are views keep the mapping alive
         self.inventory.check_all_taken(self.config.tie_embeddings)
 
@@ -128,6 +151,13 @@ class GGUFSource:
             flat = torch.frombuffer(view, dtype=torch.uint8)
         n_rows = info.shape[0] if len(info.shape) > 1 else 1
         return flat.view(n_rows, info.n_bytes // n_rows)
+
+    def _streamed_rows(self, info: TensorInfo) -> Tensor:
+        """(N, row_bytes) uint8, on the device already where it is streamed."""
+        if self.stream is None or info.name not in self.stream:
+            return self._rows(info)
+        self.file.data(info)  # a kind that can't be read is told here
+        return self.stream.take(info.name).view(info.shape[0], -1)
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small tensor in float32 on the CPU, in memory of its own."""
@@ -152,8 +182,8 @@ class GGUFSource:
         if _TORCH.get(kind) == self.dtype and order is None and self.device.type == "cpu":
             return rows.view(self.dtype)
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for part in _chunks(shape):
-            chunk = rows[part] if order is None else rows[order[part]]
+        for part in _chunks(shape, CHUNK if self.device.type == "cpu" else DEVICE_CHUNK):
+            chunk = rows[part] if order is None else rows[order[part].to(rows.device)]
             out[part] = self.ops.dequantize(chunk.to(self.device), kind, self.dtype)
         return out
 
@@ -168,8 +198,19 @@ class SafetensorsSource:
         self.dtype = dtype
         entries = ((canonical_of_hf(own), own, info.shape) for own, info in files.tensors.items())
         self.inventory = Inventory(files.path.name, entries)
+        spans = [
+            (canonical, Span(own, files.path / info.file, info.offset, prod(shape) * DTYPE_BYTES[info.dtype]))
+            for canonical, (own, shape) in self.inventory.known.items()
+            if len(shape) > 1 and (info := files.tensors[own]).dtype in FLOATS
+        ]
+        self.stream = _streamed(spans, device)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+        own = self.inventory.known.get(name, ("",))[0]
+        if self.stream is not None and own in self.stream:
+            self.inventory.take(name, shape)
+            values = self.stream.take(own).view(_FLOAT_TYPES[self.files.tensors[own].dtype]).view(shape)
+            return Dense.pack(values.to(self.dtype))
         values = self._load(name, shape)
         if values.dtype == self.dtype:
             return Dense.pack(values.to(self.device))
@@ -188,6 +229,8 @@ class SafetensorsSource:
         return name in self.inventory.known
 
     def finish(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
         self.files.close()
         self.inventory.check_all_taken(self.config.tie_embeddings)
 
@@ -208,11 +251,20 @@ class SafetensorsSource:
 
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOAT_TYPES = {"F64": torch.float64, **_TORCH}
 
 
-def _chunks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Slices of rows, CHUNK weights or one row each."""
-    step = max(1, CHUNK // shape[1])
+def _streamed(spans: list[tuple[str, Span]], device: torch.device) -> WeightStream | None:
+    """[(canonical name, span)] on their way to a GPU, in the order of a decoder; None where files are mapped."""
+    if device.type != "cuda":
+        return None
+    spans.sort(key=lambda pair: build_order(pair[0]))
+    return WeightStream([span for _, span in spans], device, threads=min(usable_cpus(), MAX_THREADS))
+
+
+def _chunks(shape: tuple[int, int], n_weights: int = CHUNK) -> Iterator[slice]:
+    """Slices of rows, `n_weights` or one row each."""
+    step = max(1, n_weights // shape[1])
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["canonical_of_gguf", "canonical_of_hf", "is_harmless"]
+__all__ = ["build_order", "canonical_of_gguf", "canonical_of_hf", "is_harmless"]
 
 _ROOT = {
     "token_embd": "model.embed_tokens",
@@ -78,3 +78,15 @@ def canonical_of_hf(name: str) -> str:
 def is_harmless(name: str, tied: bool) -> bool:
     """Whether the tensor of this canonical name may be left in the file unused. `tied`: the embedding is the head."""
     return bool(_HARMLESS.fullmatch(name)) or (tied and name == "lm_head.weight")
+
+
+_BUILD_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build_order(name: str) -> tuple[int, int, int]:
+    """Sorts canonical names about as a decoder asks for them: embedding, layer by layer, the rest."""
+    parts = name.split(".")
+    if name.startswith("model.layers.") and len(parts) > 3 and parts[2].isdigit():
+        module = parts[-2]
+        return (1, int(parts[2]), _BUILD_ORDER.index(module) if module in _BUILD_ORDER else len(_BUILD_ORDER))
+    return (0 if name.startswith("model.embed_tokens.") else 2, 0, 0)
