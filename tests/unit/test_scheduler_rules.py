@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from septet.engine.scheduler import SchedulerLimits
-from septet.errors import InvalidRequest, Overloaded
+from septet.errors import InvalidRequest, OutOfMemory, Overloaded
 from septet.request import FinishReason
 from septet.step import RowResult, StepResult
 from tests.scheduling import VOCAB, Engine, alone, prompt, request
@@ -379,6 +379,44 @@ def test_a_failed_step_ends_its_requests_alone(depth: int) -> None:
     engine.run()
     engine.check(waits)
     assert engine.got["waits"].cached[0] == 0, "what the failed step wrote is not trusted"
+
+
+@DEPTHS
+def test_a_step_too_large_for_the_memory_ends_its_largest_request_alone(depth: int) -> None:
+    """Decoding rows, one of them at its last token, and a prompt: the prompt ends, the others answer as ever."""
+    engine = Engine(rows=4, depth=1, prefix=True)
+    others = [request("a", prompt(5), 9), request("last", prompt(7, 1), 3), request("b", prompt(12, 2), 6)]
+    engine.submit(*others)
+    engine.turn()
+    engine.turn()
+    engine.submit(request("large", prompt(40, 3), 6))
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    assert {row.request for row in plan.rows} == {"a", "last", "b", "large"}
+    engine.in_flight.append((plan, engine.executor.launch(plan)))
+    engine.fail_oldest(OutOfMemory("40 tokens did not fit"))
+    assert engine.got["large"].final.error == "40 tokens did not fit"
+    assert engine.got["large"].final.error_kind == "out_of_memory_error"
+    engine.executor.depth = depth
+    engine.run()
+    engine.check(*others)
+
+
+def test_a_step_that_fails_under_a_later_one_ends_what_both_name() -> None:
+    engine = Engine(rows=4, depth=2)
+    engine.submit(request("a", prompt(5), 9), request("b", prompt(12, 2), 1))
+    waits = request("waits", prompt(30, 4), 5)
+    for _ in range(2):
+        plan = engine.scheduler.plan()
+        assert plan is not None
+        engine.in_flight.append((plan, engine.executor.launch(plan)))
+        if len(engine.in_flight) == 1:
+            engine.submit(waits)
+    engine.fail_oldest(OutOfMemory("too large"))
+    assert engine.got["a"].reason is FinishReason.ERROR, "the step in flight builds on what failed"
+    assert engine.got["b"].reason is FinishReason.ERROR, "it had most tokens"
+    engine.run()
+    engine.check(waits)
 
 
 @pytest.mark.parametrize(
