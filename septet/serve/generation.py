@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from septet.serve.context import current
 from septet.serve.errors import DeadlineExceeded
+from septet.session.embed import embed
 from septet.session.events import Finished, TextDelta
 from septet.session.merge import merge
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import AsyncGenerator, Sequence
 
     from septet.request import SamplingParams
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from septet.session.events import Event
     from septet.session.session import Prompt, Session
 
-__all__ = ["Numbered", "generate"]
+__all__ = ["Numbered", "generate", "vectors"]
 
 Numbered = tuple[int, "Event"]  # number of the prompt, its event
 
@@ -66,6 +68,29 @@ async def generate(
         raise
     finally:
         track.aborted()  # what is still open: the client left
+        ticket.leave()
+
+
+async def vectors(service: Service, session: Session, prompts: Sequence[Prompt], **how: Any) -> list[array[float]]:
+    """`session.embed.embed` in the same way: admitted, the key charged, within the deadline."""
+    context = current()
+    tokens = sum(len(p.tokens) for p in prompts)
+    ticket = service.admission.enter(
+        context.key if context is not None else None,
+        n=len(prompts),
+        tokens=tokens,
+        max_output=1,
+        rows=session.client.info.max_num_seqs,
+    )
+    if context is not None:
+        context.model = service.label(session)
+        context.prompt_tokens += tokens
+    try:
+        async with asyncio.timeout_at(context.deadline if context is not None else None):
+            return await embed(session, prompts, arrival=ticket.place, **how)
+    except TimeoutError:
+        raise DeadlineExceeded("the request's time is over; what it held is freed") from None
+    finally:
         ticket.leave()
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from septet.errors import InvalidRequest
 from septet.serve.body import body_of
 from septet.serve.fields import PROMPT, Fields, only, schema_of, table
+from septet.serve.generation import vectors
 from septet.serve.sse import until_gone
-from septet.session.embed import POOLINGS, embed
+from septet.session.embed import POOLINGS
 
 if TYPE_CHECKING:
     from array import array
@@ -104,7 +105,8 @@ async def embeddings(service: Service, scope: Scope, receive: Receive, reply: Re
 async def embeddings_answer(service: Service, call: EmbeddingCall) -> dict[str, Any]:
     async with service.models.use(call.model) as session:
         prompts = await _prompts(session, call)
-        vectors = await embed(
+        made = await vectors(
+            service,
             session,
             prompts,
             pooling=call.pooling,
@@ -115,7 +117,7 @@ async def embeddings_answer(service: Service, call: EmbeddingCall) -> dict[str, 
     n_tokens = sum(len(prompt.tokens) for prompt in prompts)
     data = [
         {"object": "embedding", "index": i, "embedding": _base64(vector) if call.base64 else vector.tolist()}
-        for i, vector in enumerate(vectors)
+        for i, vector in enumerate(made)
     ]
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     return {"object": "list", "data": data, "model": call.model or service.names[0], "usage": usage}

@@ -32,6 +32,7 @@ async def embed(
     dimensions: int | None = None,
     normalize: bool = True,
     priority: int = 0,
+    arrival: float | None = None,
 ) -> list[array[float]]:
     """One vector per prompt, float32. InvalidRequest for more `dimensions` than the model has; errors end all."""
     if pooling not in POOLINGS:
@@ -41,7 +42,7 @@ async def embed(
 
     async def work() -> None:
         for i in todo:
-            states = _floats(await session.pooled(prompts[i], pooling, priority=priority))
+            states = _floats(await session.pooled(prompts[i], pooling, priority=priority, arrival=arrival))
             vectors[i] = unit(_cut(states, dimensions), normalize)
 
     try:

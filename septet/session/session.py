@@ -227,10 +227,10 @@ class Session:
             async for event in events:
                 yield event
 
-    async def pooled(self, prompt: Prompt, pooling: str, *, priority: int = 0, cache_salt: str = "") -> bytes:
+    async def pooled(self, prompt: Prompt, pooling: str, *, priority: int = 0, arrival: float | None = None) -> bytes:
         """The prompt's final hidden states, pooled ("mean" or "last"): (D,) float32. For `embed.py`."""
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        request = replace(self._requests(prompt, params, priority, cache_salt)[0], pooling=pooling)
+        request = replace(self._requests(prompt, params, priority, "", arrival)[0], pooling=pooling)
         async with aclosing(self.client.generate(request)) as updates:
             async for update in updates:
                 if update.finish_reason is FinishReason.ERROR:
