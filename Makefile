@@ -46,7 +46,7 @@ test: dev  ## unit, cpu, contract and end-to-end tests
 	@$(BIN)/python -m pytest tests/unit
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/cpu
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
-	@$(BIN)/python -m pytest tests/e2e
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
 
 test-slow: dev  ## perplexity of every block type: minutes, not part of test
 	@$(BIN)/python -m pytest -m slow tests

