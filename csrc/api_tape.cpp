@@ -41,6 +41,9 @@ SEPTET_API int septet_tape_decode(void* tape, const Decode* rows) {
 // The final hidden states (T, width) of the last run, one after the other; until the next.
 SEPTET_API const float* septet_tape_hidden(void* tape) { return static_cast<const Tape*>(tape)->hidden_states(); }
 
+// See Tape::times: two arrays of one value for each phase, and one more.
+SEPTET_API void septet_tape_times(void* tape, double* work, double* wait) { static_cast<Tape*>(tape)->times(work, wait); }
+
 // Sizes of the structures that Python fills, to be compared with its own before anything else is called.
 SEPTET_API void septet_tape_sizes(int64_t* sizes) {
   const int64_t all[] = {sizeof(Register), sizeof(RowOp), sizeof(Product), sizeof(Attention), sizeof(Phase), sizeof(LayerPool), sizeof(Program), sizeof(Step), sizeof(Decode)};

@@ -123,7 +123,9 @@ int Tape::decode(const Decode& rows) {
     execute(step, 0, static_cast<int64_t>(phases_.size()), thread);
     if (!rows.sampled) return;
     pool_.barrier(thread);
+    const Clock::time_point from = timed_ && thread == 0 ? Clock::now() : Clock::time_point();
     choose_tokens(rows, thread);
+    if (timed_ && thread == 0) work_.back() += Clock::now() - from;
   });
   return 0;
 }
@@ -229,19 +231,45 @@ float* Tape::row_of(int reg, int64_t row, int thread) const {
 }
 
 void Tape::execute(const Step& step, int64_t first, int64_t last, int thread) {
+  if (timed_ && thread == 0) return execute_timed(step, first, last);
   for (int64_t i = first; i < last; i++) {
-    const Phase& phase = phases_[i];
-    if (phase.work == Work::attention) {
-      attention(step, i, thread);
-    } else if (phase.work == Work::none) {
-      if (phase.op_count) {
-        const Domain domain = registers_[ops_[phase.first_op].out].domain;
-        row_operations(step, phase, share(rows_in(domain), thread, pool_.size()), thread);
-      }
-    } else {
-      products(step, phase, thread);
-    }
+    execute_phase(step, i, thread);
     if (i + 1 < last) pool_.barrier(thread);  // the end of the run is one
+  }
+}
+
+void Tape::execute_timed(const Step& step, int64_t first, int64_t last) {
+  Clock::time_point from = Clock::now();
+  for (int64_t i = first; i < last; i++) {
+    execute_phase(step, i, 0);
+    const Clock::time_point done = Clock::now();
+    if (i + 1 < last) pool_.barrier(0);
+    const Clock::time_point met = Clock::now();
+    work_[i] += done - from, wait_[i] += met - done, from = met;
+  }
+}
+
+void Tape::times(double* work, double* wait) {
+  const size_t n = phases_.size() + 1;
+  for (size_t i = 0; timed_ && i < n; i++) {
+    work[i] = std::chrono::duration<double>(work_[i]).count();
+    wait[i] = std::chrono::duration<double>(wait_[i]).count();
+  }
+  timed_ = true;
+  work_.assign(n, {}), wait_.assign(n, {});
+}
+
+void Tape::execute_phase(const Step& step, int64_t i, int thread) {
+  const Phase& phase = phases_[i];
+  if (phase.work == Work::attention) {
+    attention(step, i, thread);
+  } else if (phase.work == Work::none) {
+    if (phase.op_count) {
+      const Domain domain = registers_[ops_[phase.first_op].out].domain;
+      row_operations(step, phase, share(rows_in(domain), thread, pool_.size()), thread);
+    }
+  } else {
+    products(step, phase, thread);
   }
 }
 
@@ -306,14 +334,18 @@ void Tape::products(const Step& step, const Phase& phase, int thread) {
   const Register& output = registers_[phase.output];
   const int64_t ldy = output.zone == Zone::result ? result_width_ : output.width;
   float* y = row_of(phase.output, 0, thread);
+  int64_t count = 0;  // groups of all products: threads share them as if they were one weight
+  for (int i = 0; i < phase.product_count; i++) count += products_[phase.first_product + i].g1 - products_[phase.first_product + i].g0;
+  Range mine = share(count, thread, pool_.size());
   for (int i = 0; i < phase.product_count; i++) {
     const Product& p = products_[phase.first_product + i];
-    const Range part = share(p.g1 - p.g0, thread, pool_.size());
-    if (part.first == part.last) continue;
+    const int64_t here = p.g1 - p.g0, first = std::min(mine.first, here), last = std::min(mine.last, here);
+    mine = {mine.first - first, mine.last - last};
+    if (first == last) continue;
     float* to = y + p.column - p.g0 * GROUP;
-    linear_part(*p.weight, qx, x, input.width, n, p.g0 + part.first, p.g0 + part.last, to, ldy, p.bias);
+    linear_part(*p.weight, qx, x, input.width, n, p.g0 + first, p.g0 + last, to, ldy, p.bias);
     if (phase.cap == 0.0f) continue;
-    const int64_t c0 = (p.g0 + part.first) * GROUP, c1 = std::min((p.g0 + part.last) * GROUP, p.weight->n);
+    const int64_t c0 = (p.g0 + first) * GROUP, c1 = std::min((p.g0 + last) * GROUP, p.weight->n);
     for (int64_t row = 0; row < n; row++) kernels_->soft_cap(to + row * ldy + c0, phase.cap, c1 - c0, to + row * ldy + c0);
   }
 }

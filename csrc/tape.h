@@ -11,6 +11,7 @@
 
 #include <stdint.h>
 
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -147,7 +148,12 @@ class Tape {
 
   const float* hidden_states() const;  // (T, width) of the last run, until the next
 
+  // Where thread 0's time goes, from the call on: for each phase, then for sampling, seconds of work and of waiting for the
+  // others. Each call to `times` begins anew.
+  void times(double* work, double* wait);
+
  private:
+  using Clock = std::chrono::steady_clock;
   struct Task {
     int32_t row, head;    // head: of keys and values
     int32_t part;         // which part of the row's context, -1: a tile of its queries
@@ -176,6 +182,8 @@ class Tape {
   int64_t scratch_bytes() const;
   const Plan& plan_of(const Attention& a) const;
   void execute(const Step& step, int64_t first, int64_t last, int thread);
+  void execute_phase(const Step& step, int64_t i, int thread);
+  void execute_timed(const Step& step, int64_t first, int64_t last);
   void row_operations(const Step& step, const Phase& phase, Range rows, int thread);
   void row_operation(const Step& step, const RowOp& op, int64_t row, int thread);
   void merge_row(const RowOp& op, int64_t row, int thread);
@@ -217,6 +225,8 @@ class Tape {
   Memory own_[2], shared_[2], quant_, parts_;
   std::vector<Memory> private_, scratch_;  // (threads)
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // (phases) next task to take
+  bool timed_ = false;
+  std::vector<Clock::duration> work_, wait_;  // (phases + 1)
 };
 
 }  // namespace septet

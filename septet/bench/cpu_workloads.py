@@ -1,10 +1,11 @@
 """Septet's side of the CPU workloads, through the engine: scheduler, executor, runner, sampler; no text, no HTTP.
 
-    python -m septet.bench.cpu_workloads --model smollm2 [--kernels native] [--repeats 3] [--json PATH]
+    python -m septet.bench.cpu_workloads --model smollm2 [--kernels native] [--repeats 3] [--json PATH] [--profile]
 
 Prefill of 512 tokens, one stream of 128 tokens after 16, 8 and 32 streams of 64 steps after 16 tokens; medians over
 repeats, in tokens per second. Prompts are random ids, other ones at each repeat, so that no prefix is cached.
-`--json -` prints the figures as the last line. Called by the CPU table (`cpu_table.py`) in a process of its own.
+`--json -` prints the figures as the last line; `--profile` shows where each workload's time goes on the native tape.
+Called by the CPU table (`cpu_table.py`) in a process of its own.
 """
 
 from __future__ import annotations
@@ -75,12 +76,31 @@ def measure(engine: Engine, work: Workload, dice: random.Random, vocab: int) -> 
     return work.streams * steps / (times[-1] - times[-1 - steps])
 
 
+class Clock:
+    """The time of the tape's phases from here on, prompts and all."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tape = engine.executor.runner.forward.tape  # type: ignore[attr-defined]
+        self.tape.times()
+        self.began = time.perf_counter()
+
+    def table(self) -> str:
+        total = time.perf_counter() - self.began
+        rows = sorted(self.tape.times().items(), key=lambda row: -sum(row[1]))
+        rows.append(("outside the tape", (total - sum(map(sum, (times for _, times in rows))), 0.0)))
+        lines = (
+            f"  {work / total:6.1%} {wait / total:6.1%}  {label}" for label, (work, wait) in rows if work + wait > 0.0
+        )
+        return "\n".join([f"  {total:.2f} s: working, waiting for the other threads", *lines])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a name of the catalogue or a path")
     parser.add_argument("--kernels", default="native")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--profile", action="store_true", help="time by kind of phase (native kernels)")
     parser.add_argument("--json", help="write the figures there; - prints them")
     args = parser.parse_args()
 
@@ -100,9 +120,12 @@ def main() -> None:
         print(*(f"{name}: {value} ({why})" for name, value, why in engine.info.choices if name == setting))
     dice, figures = random.Random(0), {}
     for name in args.only:
+        clock = Clock(engine) if args.profile else None
         values = [measure(engine, WORKLOADS[name], dice, engine.info.vocab_size) for _ in range(args.repeats)]
         figures[name] = round(statistics.median(values), 1)
         print(f"{name}: {figures[name]} tokens/s, median of {', '.join(f'{v:.0f}' for v in values)}")
+        if clock is not None:
+            print(clock.table())
     if args.json == "-":
         print(json.dumps(figures))
     elif args.json:

@@ -213,7 +213,12 @@ def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.de
         return DummySource(model, device, dtype, config.seed)
     if config.load_format != "auto":
         raise InvalidRequest(f"load_format must be auto or dummy, not {config.load_format!r}", param="load_format")
-    return open_source(Path(config.model), model, ops, device, dtype)
+    source = open_source(Path(config.model), model, ops, device, dtype)
+    if ops.name == "native":
+        from septet.weights.separate import SeparateSource
+
+        return SeparateSource(source)
+    return source
 
 
 def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:

@@ -114,7 +114,9 @@ def test_token_does_not_see_its_batch(library: Library, path: str, kind: str) ->
     packed, _ = make(Packer(library, one, path), kind, 117, 256, generator)
     x = torch.randn(130, 256, generator=generator)
     whole = packed.linear(three, x)
-    for start, end in ((0, 1), (129, 130), (5, 7), (11, 14), (20, 27), (40, 73)):
+    for tokens in (1, 2, 3, 8, 17, 64):
+        assert torch.equal(packed.linear(one, x[:tokens]), whole[:tokens]), tokens
+    for start, end in ((129, 130), (5, 7), (11, 14), (20, 27), (40, 73), *((i, i + 1) for i in range(0, 129, 5))):
         assert torch.equal(packed.linear(one, x[start:end]), whole[start:end]), (start, end)
 
 

@@ -27,6 +27,7 @@ from septet.models.registry import load_model
 from septet.quant.gguf import GGUFBlocks
 from septet.quant.none import Dense
 from septet.quant.scheme import PackedWeight
+from septet.weights.separate import SeparateSource
 from tests import families
 from tests.forward import Harness, StateSource
 from tests.native import TapeModel, native_library
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from septet.kernels.native.library import Library
+    from septet.kernels.native.pack import PackedMatrix
 
 torch.set_num_threads(1)
 STEPS: tuple[Mapping[int, int], ...] = (  # line -> new tokens: prompts, chunks, decode, few rows and many
@@ -66,9 +68,15 @@ def path(request: pytest.FixtureRequest, library: Library) -> str:
 
 
 def tape_harness(
-    pair: families.Pair, pool: Pool, path: str, make_source: Callable[[], Any], *, kv_dtype: torch.dtype = torch.float32
+    pair: families.Pair,
+    pool: Pool,
+    path: str,
+    make_source: Callable[[], Any],
+    *,
+    kv_dtype: torch.dtype = torch.float32,
+    table: type[TapeOps] = TapeOps,
 ) -> Harness:
-    ops = TapeOps(pool.library, pool, path)
+    ops = table(pool.library, pool, path)
     build = Build(pair.config, ops, make_source(), torch.device("cpu"), torch.float32, families.MAX_LEN)
     model = load_model(build)
     taped = TapeModel()
@@ -259,6 +267,37 @@ def test_quantised_models(kinds: list[str], path: str, library: Library) -> None
     long = errors([{0: 100, 2: 3}, {0: 1}, {0: 1, 1: 1, 2: 1}])
     assert long[0] < 5e-6
     assert long[-1] < 8e-2
+
+
+def test_matrices_are_packed_where_they_lie(path: str, library: Library) -> None:
+    """From a source whose matrices stay apart nothing is stacked, and the answers are the same bits."""
+    pair = families.make("llama-bias-tied")
+    state = families._state(pair.hf, pair.config.architecture)
+    source = BlockSource(state, ["Q8_0"])
+    lent: set[int] = set()
+
+    class Lender(SeparateSource):
+        def matrix(self, name: str, shape: tuple[int, int]) -> PackedWeight:
+            weight = super().matrix(name, shape)
+            lent.update(tensor.data_ptr() for tensor in weight.tensors.values())
+            held.append(weight)
+            return weight
+
+    held: list[PackedWeight] = []
+    packed: set[int] = set()
+
+    class WatchedOps(TapeOps):
+        def weight(self, tensor: Tensor, kind: str) -> PackedMatrix:
+            packed.add(tensor.data_ptr())
+            return super().weight(tensor, kind)
+
+    plan: list[dict[int, int]] = [{0: 20, 1: 3}, {0: 1, 1: 1}]
+    stacked = tape_harness(pair, Pool(library, 2), path, lambda: BlockSource(state, ["Q8_0"]))
+    apart = tape_harness(pair, Pool(library, 3), path, lambda: Lender(source), table=WatchedOps)
+    assert packed == lent
+    assert len(lent) > 6 * pair.config.num_layers
+    for got, want in zip(steps(apart, plan), steps(stacked, plan), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_unknown_ids_are_refused(library: Library) -> None:

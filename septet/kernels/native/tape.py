@@ -7,7 +7,7 @@ field; their sizes are compared with the library's before use. Must not know lay
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, addressof, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +88,7 @@ class Tape:
         self.hidden_width = recording.hidden.width
         self._hidden_stride = compiled.values[compiled.hidden].stride
         self.n_phases = len(compiled.phases)
+        self._labels = [*(_label(phase) for phase in compiled.phases), "sampling"]
         self._step = _Step()
 
     def run(self, ids: Tensor, layout: Layout, logits_at: Tensor | None) -> Tensor | None:
@@ -124,6 +125,17 @@ class Tape:
         """
         self._step.tokens = rows.n  # type: ignore[attr-defined]
         self._check(self._library.septet_tape_decode(self._handle, addressof(rows)))
+
+    def times(self) -> dict[str, tuple[float, float]]:
+        """Where the first thread's time went since the call before this: kind of phase -> seconds (working, waiting for
+        the other threads). The first call only starts the clock."""
+        work, wait = ((c_double * len(self._labels))() for _ in "ab")
+        self._library.septet_tape_times(self._handle, work, wait)
+        sums: dict[str, tuple[float, float]] = {}
+        for label, one, two in zip(self._labels, work, wait, strict=True):
+            before = sums.get(label, (0.0, 0.0))
+            sums[label] = (before[0] + one, before[1] + two)
+        return sums
 
     def _lay_out(self, ids: Tensor, layout: Layout) -> list[Tensor]:
         step = self._step
@@ -164,11 +176,21 @@ class Tape:
             self.close()
 
 
+def _label(phase: Phase) -> str:
+    """A phase by what it does: "attention", "rows", or its products' sizes."""
+    if not phase.products:
+        return "rows" if phase.work == "none" else phase.work
+    k = phase.products[0].weight.shape[1]
+    kinds = "+".join(dict.fromkeys(product.weight.kind for product in phase.products))
+    return f"{phase.work} {sum((p.g1 - p.g0) * 16 for p in phase.products)}x{k} {kinds}"
+
+
 def _declare(library: Library) -> None:
     """Type the tape's functions; NativeUnavailable where the library was built from other structures."""
     signature(library, "septet_tape_sizes", None, [POINTER(c_int64)])
     signature(library, "septet_tape_create", c_void_p, [c_void_p, c_void_p])
     signature(library, "septet_tape_release", None, [c_void_p])
+    signature(library, "septet_tape_times", None, [c_void_p, POINTER(c_double), POINTER(c_double)])
     signature(library, "septet_tape_decode", c_int, [c_void_p, c_void_p])
     signature(library, "septet_tape_run", c_int, [c_void_p, c_void_p, c_int])
     signature(library, "septet_tape_hidden", c_void_p, [c_void_p])
