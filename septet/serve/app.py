@@ -23,6 +23,7 @@ from septet.serve.errors import ClientGone, HttpError, error_body, headers_of
 from septet.serve.front import Front
 from septet.serve.guard import Guard
 from septet.serve.keys import Unauthorized
+from septet.serve.llamacpp import LLAMACPP
 from septet.serve.ollama import OLLAMA
 from septet.serve.openai import OPENAI
 from septet.serve.openai_responses import RESPONSES_DIALECT
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DIALECTS", "Service", "Settings", "bind", "create_app", "serve_forever"]
 
-DIALECTS = (OPERATIONS, PAGE, SCOPE, OPENAI, RESPONSES_DIALECT, ANTHROPIC, OLLAMA, TGI)
+DIALECTS = (OPERATIONS, PAGE, SCOPE, OPENAI, RESPONSES_DIALECT, ANTHROPIC, OLLAMA, TGI, LLAMACPP)
 
 
 class Endpoint:

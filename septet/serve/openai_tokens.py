@@ -77,7 +77,8 @@ async def detokenize(service: Service, scope: Scope, receive: Receive, reply: Re
     ids = fields.array("tokens")
     async with service.models.use(fields.optional_string("model")) as session:
         _check_ids(ids, session.tokenizer.vocab_size)
-        await reply.json({"prompt": session.tokenizer.decode(ids, skip_special_tokens=False)})
+        text = session.tokenizer.decode(ids, skip_special_tokens=False)
+        await reply.json({"prompt": text, "content": text, "text": text})  # as vLLM, llama.cpp and SGLang name it
 
 
 def _check_ids(ids: Sequence[Any], vocab_size: int) -> None:
