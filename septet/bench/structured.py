@@ -1,8 +1,11 @@
-"""Constrained rate against free rate of the same engine: `python -m septet.bench.structured [MODEL]`.
+"""Constrained rate against free rate of the same engine, side by side.
 
-Both sides make the same number of tokens per stream (the schema never ends before `--tokens`), with prompts computed
-beforehand by a warm-up. Prints tokens per second of both and their ratio at each number of streams; rounds alternate,
-the best of each side counts, so that a busy machine hurts both alike.
+    python -m septet.bench.structured [MODEL]                     streams of one model; --peer-python adds llama.cpp's
+    python -m septet.bench.structured --shape 1b49k --tokenizer FILE     W6: random weights, prompts of 128 tokens
+
+Rounds alternate between the sides and medians count, so that a busy machine hurts both alike. `endless`: an array of
+records that never ends, so both sides make the same tokens; with --shape also `record`: one record, as W6 asks, whose
+answers end by themselves, so that the last of them run in a small batch. FILE: tokenizer.json, or a .gguf with one.
 """
 
 from __future__ import annotations
@@ -10,13 +13,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
+import statistics
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from septet.bench.shapes import SHAPES, write_shape
 from septet.request import SamplingParams
 from septet.structured import Structured
 
 if TYPE_CHECKING:
+    from septet.session.llm import LLM
     from septet.session.session import Session
 
 __all__ = ["main"]
@@ -24,19 +34,30 @@ __all__ = ["main"]
 RECORD = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 24},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "email": {"type": "string", "format": "email"},
-        "role": {"enum": ["admin", "editor", "viewer"]},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 4},
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "email": {"type": "string", "maxLength": 40},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 5},
+        "address": {
+            "type": "object",
+            "properties": {
+                "street": {"type": "string", "maxLength": 30},
+                "city": {"type": "string", "maxLength": 20},
+                "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+            },
+            "required": ["street", "city", "zip"],
+            "additionalProperties": False,
+        },
     },
-    "required": ["name", "age", "email", "role", "tags"],
+    "required": ["name", "age", "email", "tags", "address"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": RECORD, "minItems": 10_000}  # longer than any answer here
+ENDLESS = {"type": "array", "items": RECORD, "minItems": 10_000}  # longer than any answer here
 PROMPT = "List people who work here as a JSON array of records, as many as you can."
+N_PROMPT = 128  # tokens of a prompt of W6
 
 
+# -- streams of a real model ------------------------------------------------------------------------------------------
 async def rate(session: Session, streams: int, tokens: int, structured: Structured | None) -> float:
     """Tokens per second of all streams together, first token to last."""
     first, last, made = float("inf"), 0.0, 0
@@ -55,49 +76,129 @@ async def rate(session: Session, streams: int, tokens: int, structured: Structur
     return (made - streams) / (last - first)
 
 
-def _line(row: dict[str, Any]) -> str:
-    rates = f"free {row['free']:8.1f}, constrained {row['constrained']:8.1f} tokens/s"
-    return f"{row['streams']:4d} streams: {rates}, ratio {row['ratio']:.3f}"
-
-
-async def run(model: str, counts: list[int], tokens: int, rounds: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+async def of_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     from septet.session.start import start_session
 
-    session = await start_session(model, **options)
-    bound = Structured.json_schema(SCHEMA)
+    options = {"kernels": args.kernels, "device": args.device, "max_num_seqs": max(args.streams)}
+    session = await start_session(args.model, **options)
+    bound = Structured.json_schema(ENDLESS)
     results = []
     try:
         for side in (None, bound):
             await rate(session, 1, 8, side)
-        for streams in counts:
-            best = {None: 0.0, bound: 0.0}
-            for _ in range(rounds):
-                for side in best:
-                    best[side] = max(best[side], await rate(session, streams, tokens, side))
-            row: dict[str, Any] = {"streams": streams, "free": best[None], "constrained": best[bound]}
-            row["ratio"] = row["constrained"] / row["free"]
-            results.append(row)
-            print(_line(row), flush=True)
+        for streams in args.streams:
+            rates: dict[Any, list[float]] = {None: [], bound: []}
+            for _ in range(args.rounds):
+                for side, found in rates.items():
+                    found.append(await rate(session, streams, args.tokens, side))
+            results.append(_row(streams, "endless", rates[None], rates[bound]))
     finally:
         await session.close()
     return results
 
 
+def peer(args: argparse.Namespace, streams: list[int]) -> list[dict[str, Any]]:
+    """llama.cpp's rows, from its own environment and in its own process."""
+    from septet.hub.store import find_model
+
+    script = Path(__file__).parent / "structured_llama_cpp.py"
+    command = [args.peer_python, str(script), str(find_model(args.model).path), "--tokens", str(args.tokens)]
+    command += ["--schema", json.dumps(ENDLESS), "--streams", ",".join(map(str, streams))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
+        _print(row)
+    return rows
+
+
+# -- W6: random weights -----------------------------------------------------------------------------------------------
+def of_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from septet import LLM
+
+    results = []
+    with tempfile.TemporaryDirectory() as root:
+        directory = write_shape(args.shape, Path(root))
+        (directory / "tokenizer.json").write_text(_tokenizer(args.tokenizer))
+        llm = LLM(str(directory), load_format="dummy", dtype="bfloat16", device=args.device, kernels=args.kernels)
+        schemas = {"endless": ENDLESS, "record": RECORD}
+        bound = {name: Structured.json_schema(schema) for name, schema in schemas.items()}
+        for side in (None, *bound.values()):
+            _wave(llm, 2, 8, side)
+        for streams in args.streams:
+            for side in (None, *bound.values()):  # shapes of steps are captured as they are met
+                _wave(llm, streams, args.tokens, side)
+            rates: dict[str | None, list[float]] = {None: [], **{name: [] for name in bound}}
+            for _ in range(args.rounds):
+                for name, found in rates.items():
+                    found.append(_wave(llm, streams, args.tokens, bound[name] if name else None))
+            results += [_row(streams, name, rates[None], rates[name]) for name in bound]
+    return results
+
+
+def _wave(llm: LLM, streams: int, tokens: int, structured: Structured | None) -> float:
+    """Tokens per second of so many requests at once, prompts included."""
+    rng = random.Random(0)
+    vocab = 49152 - 10
+    prompts: list[Any] = [
+        {"prompt_token_ids": [rng.randrange(10, vocab) for _ in range(N_PROMPT)]} for _ in range(streams)
+    ]
+    params = SamplingParams(
+        temperature=0.8, seed=1, max_tokens=tokens, ignore_eos=structured is None, structured=structured
+    )
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - began)
+
+
+def _tokenizer(path: str) -> str:
+    """tokenizer.json's text."""
+    if not path.endswith(".gguf"):
+        return Path(path).read_text()
+    from septet.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(path).as_json()
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+def _row(streams: int, schema: str, free: list[float], constrained: list[float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"engine": "septet", "streams": streams, "schema": schema}
+    row |= {"free": statistics.median(free), "constrained": statistics.median(constrained)}
+    row["ratio"] = row["constrained"] / row["free"]
+    _print(row)
+    return row
+
+
+def _print(row: dict[str, Any]) -> None:
+    rates = f"free {row['free']:9.1f}, constrained {row['constrained']:9.1f} tokens/s"
+    print(f"{row['engine']:9} {row['streams']:4d} streams, {row['schema']:8} {rates}, {row['ratio']:.3f}", flush=True)
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--streams", default="1,8,32", help="numbers of streams, with commas")
-    parser.add_argument("--tokens", type=int, default=128, help="per stream")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="W6 with random weights of this shape")
+    parser.add_argument("--tokenizer", help="with --shape: whose tokens, at most 49152 of them")
+    parser.add_argument("--streams", type=_counts, help="numbers of streams, with commas (1,8,32; W6: 1,64)")
+    parser.add_argument("--tokens", type=int, help="per stream (128; W6: 256)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON in the last line")
-    asked = parser.parse_args()
-    counts = [int(part) for part in asked.streams.split(",")]
-    options = {"kernels": asked.kernels, "device": asked.device, "max_num_seqs": max(counts)}
-    results = asyncio.run(run(asked.model, counts, asked.tokens, asked.rounds, options))
-    if asked.json:
-        print(json.dumps(results))
+    parser.add_argument("--peer-python", help="the Python of llama-cpp-python's environment")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    args = parser.parse_args()
+    if args.shape and not args.tokenizer:
+        parser.error("--shape needs --tokenizer")
+    args.streams = args.streams or ([1, 64] if args.shape else [1, 8, 32])
+    args.tokens = args.tokens or (256 if args.shape else 128)
+    results = of_shape(args) if args.shape else asyncio.run(of_model(args))
+    if args.peer_python:
+        results += peer(args, args.streams)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
