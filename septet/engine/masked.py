@@ -30,10 +30,7 @@ class MaskBuffers:
 
     def lines(self, n_rows: int, vocab: int) -> tuple[Tensor, Tensor]:
         """-> words (max_rows, words) int32 and line (n_rows,) int64, as `Ops.draw_write` takes them."""
-        if self.words is None:
-            shape = (len(self.line), mask_words(vocab))
-            self.words = torch.zeros(shape, dtype=torch.int32, device=self.line.device)
-        return self.words, self.line[:n_rows]
+        return self._words(mask_words(vocab)), self.line[:n_rows]
 
     def set(self, masks: TokenMasks | None) -> None:
         """For the draws from here on, in stream order; None: no row has a mask. Nobody waits."""
@@ -42,6 +39,11 @@ class MaskBuffers:
             self.line[n_rows : self.n_set].fill_(-1)
         self.n_set = n_rows
         if masks is not None:
-            assert self.words is not None, "a step is run before it is captured"
-            self.words[: len(masks.words)].copy_(masks.words, non_blocking=True)
+            n_masks, width = masks.words.shape
+            self._words(width)[:n_masks].copy_(masks.words, non_blocking=True)
             self.line[:n_rows].copy_(masks.line, non_blocking=True)
+
+    def _words(self, width: int) -> Tensor:
+        if self.words is None:
+            self.words = torch.zeros(len(self.line), width, dtype=torch.int32, device=self.line.device)
+        return self.words

@@ -147,7 +147,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "forced"), zip(WAYS, (False, True, True, False, True), strict=True))
+@pytest.mark.parametrize(("way", "forced"), list(zip(WAYS, (False, True, True, False, True), strict=True)))
 def test_answers_follow_their_grammars_in_any_company(model: Path, way: str, forced: bool) -> None:
     wanted = [schemas.schema(seed) if seed % 3 else None for seed in range(30, 48)]
     seen: dict[str, Any] = {}
