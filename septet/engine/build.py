@@ -32,6 +32,7 @@ from septet.weights.load import open_source
 if TYPE_CHECKING:
     from septet.config import EngineConfig, ModelConfig
     from septet.engine.forward import Forward
+    from septet.engine.rehearsal import Rehearsal
     from septet.kernels.ops import LayerKV, Ops
     from septet.models.registry import Model
     from septet.weights.source import Source
@@ -57,17 +58,22 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
     captured = (native or (device.type == "cuda" and ops.name != "reference")) and not config.enforce_eager
     sizes = _sizes(config, model_config, device, dtype, kv_dtype)
+    rehearsal = _rehearse(model_config, ops, DTYPES[dtype], sizes) if captured and not native else None
+    loaded = time.perf_counter()
     with torch.inference_mode():
         source = _source(config, model_config, ops, device, DTYPES[dtype])
         build = Build(model_config, ops, source, device, DTYPES[dtype], max_len=sizes.max_model_len + 1)
         model = load_model(build)
         kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[kv_dtype], device)
         rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
+        loaded = time.perf_counter() - loaded
         forward, runner_ops = _forward(model, ops, kv)
     runner, why_eager = Runner(forward, runner_ops, kv, rows, Staging(device)), "eager steps"
     if captured and isinstance(forward, TapeForward):
         runner.graphs = TapedDecode(forward.tape, rows, sizes.max_num_seqs)
     elif captured:
+        if rehearsal is not None:
+            log.info("weights after %.2f s; %d kernels compiled", loaded, rehearsal.finish())
         why_eager = _capture(runner, model, sizes)
     del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
@@ -219,6 +225,16 @@ def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.de
 
         return SeparateSource(source)
     return source
+
+
+def _rehearse(model: ModelConfig, ops: Ops, dtype: torch.dtype, sizes: Sizes) -> Rehearsal:
+    """Compile the kernels of the first steps while the weights are loaded."""
+    from septet.engine.buckets import Shapes
+    from septet.engine.rehearsal import Rehearsal, kernel_directory
+
+    major, minor = torch.cuda.get_device_capability()
+    shapes = Shapes.of(sizes.max_num_seqs, sizes.max_model_len, sizes.max_num_batched_tokens)
+    return Rehearsal(model, ops, dtype, shapes, kernel_directory(f"sm{major}{minor}"))
 
 
 def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:
