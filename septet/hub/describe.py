@@ -28,6 +28,16 @@ __all__ = ["Description", "describe"]
 MAX_TEXT = 2**16  # characters of one value; longer ones (vocabularies, templates) are left out of `metadata`
 MAX_JSON = 16 * 2**20
 
+_FILE_TYPES = {
+    **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
+    **dict(enumerate(("Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L"), start=7)),
+    **dict(enumerate(("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"), start=14)),
+    25: "IQ4_NL",
+    30: "IQ4_XS",
+    32: "BF16",
+}
+"""general.file_type, as llama.h lists it: what most of the file was quantised as."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
@@ -67,7 +77,8 @@ def _file(path: Path) -> Description:
         known: dict[str, Any] = {
             "format": "gguf",
             "family": str(file.metadata.get("general.architecture", ""))[:64],
-            "quantization": next((kind for kind, _ in weights.most_common(1)), ""),
+            "quantization": _FILE_TYPES.get(_integer(file.metadata.get("general.file_type")), "")
+            or next((kind for kind, _ in weights.most_common(1)), ""),
             "template": template if isinstance(template, str) else None,
             "metadata": {key: _short(value) for key, value in file.metadata.items() if len(key) < 256},
         }
@@ -105,6 +116,10 @@ def _template(path: Path) -> str | None:
     except SeptetError:
         return None
     return found if isinstance(found, str) else None
+
+
+def _integer(value: Any) -> int:
+    return value if isinstance(value, int) else -1
 
 
 def _short(value: Any) -> Any:

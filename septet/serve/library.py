@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET_SHARE", "EngineLoader", "NamedShelf", "StoreShelf", "default_budget"]
 
 BUDGET_SHARE = 0.75  # of the memory that is free at start: the rest is the machine's
-KV_SHARE = 0.25  # of the budget that the weights leave, for one model's KV pool: as the engine's own rule
+KV_SHARE = 0.125  # of the budget that the weights leave, for one model's KV pool: half of what an only model takes
 CPU_RUNTIME = 192 << 20  # a process with torch in it
 CPU_WORKSPACE = 128 << 20  # a step's temporaries
 PACKED = 1.25  # packed weights and what is made of them, over the file's size

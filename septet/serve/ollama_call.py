@@ -33,6 +33,10 @@ MAX_INPUTS = 2048
 MAX_OPTIONS = 256
 ROLES = ("system", "user", "assistant", "tool")
 THINK_LEVELS = ("low", "medium", "high", "max")
+MAX_DEPTH = 64
+_AS_THEY_ARE = ("allOf", "const", "enum", "default", "examples", "required")  # allOf: parts of one object
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # names to schemas
+_OPENS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf")
 _TEMPLATE = only("", why="templates in requests are not accepted; make a model with one (/api/create)")
 _IMAGE = only(why="this model takes text only")
 _PICTURES = dict.fromkeys(("width", "height", "steps"), only(0, why="image generation is not supported"))
@@ -218,10 +222,29 @@ def _structured(value: Any) -> Structured | None:
         return Structured.json_object()
     if isinstance(value, dict):
         try:
-            return Structured.json_schema(value)
+            return Structured.json_schema(_closed(value))
         except InvalidRequest as error:
             raise InvalidRequest(f"format: {error.message}", param="format") from None
     raise InvalidRequest('format must be "json" or a JSON schema', param="format")
+
+
+def _closed(schema: Any, depth: int = 0) -> Any:
+    """Objects without a word on other properties have none, as in Ollama's own grammars: its clients count on that."""
+    if depth > MAX_DEPTH:
+        return schema
+    if isinstance(schema, list):
+        return [_closed(one, depth + 1) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            closed[key] = {name: _closed(one, depth + 1) for name, one in value.items()}
+        else:
+            closed[key] = value if key in _AS_THEY_ARE else _closed(value, depth + 1)
+    if isinstance(schema.get("properties"), dict) and not any(key in schema for key in _OPENS):
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _logprobs(fields: Fields) -> int | None:

@@ -281,13 +281,16 @@ def _messages(fields: Fields) -> tuple[tuple[str, str], ...]:
 
 async def _told(work: Job[Any], stream: bool, reply: Reply, opening: list[str]) -> None:
     """The job's progress in Ollama's words, and its end."""
+    told: set[str] = set()
     try:
         if stream:
             for status in opening:
                 await reply.line({"status": status})
             async for what, done, total in work.progress():
                 if what == "verifying":
-                    await reply.line({"status": "verifying sha256 digest"})
+                    if what not in told:
+                        await reply.line({"status": "verifying sha256 digest"})
+                    told.add(what)
                     continue
                 part = what.removeprefix("downloading ")
                 await reply.line({"status": f"pulling {part}", "digest": part, "total": total, "completed": done})
