@@ -32,6 +32,7 @@ from septet.serve.page import PAGE
 from septet.serve.running import bind, serve
 from septet.serve.scope import SCOPE
 from septet.serve.service import Service, Settings
+from septet.serve.sglang import SGLANG
 from septet.serve.sse import Reply
 from septet.serve.tgi import TGI
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DIALECTS", "Service", "Settings", "bind", "create_app", "serve_forever"]
 
-DIALECTS = (OPERATIONS, PAGE, SCOPE, OPENAI, RESPONSES_DIALECT, ANTHROPIC, OLLAMA, TGI, LLAMACPP)
+DIALECTS = (OPERATIONS, PAGE, SCOPE, OPENAI, RESPONSES_DIALECT, ANTHROPIC, OLLAMA, TGI, LLAMACPP, SGLANG)
 
 
 class Endpoint:
