@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["look"]
 
 MAX_RUNNING, MAX_WAITING = 48, 16  # rows told
-CELLS = 256  # of the pool's map
+CELLS = 128  # of the pool's map
 BRANCHES = 20  # of the tree
 
 

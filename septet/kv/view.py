@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Branch", "PoolMap", "look"]
 
-SAMPLES = 128  # slots looked at, about, of the free list and of all leases each
+PER_CELL = 4  # free slots looked at
+SAMPLES = 128  # leased slots looked at, about
 MAX_LEASES = 64
 NEWEST, OLDEST = 12, 4  # children looked at below one node
 HEAD = 12  # token ids told of a branch
@@ -64,7 +65,7 @@ def _pool_map(cache: KVCache, n_cells: int, nodes: list[Node]) -> PoolMap:
     size = max(1, -(-cache.capacity // n_cells))
     n = -(-cache.capacity // size)
     free, leased, shared = [0] * n, [0] * n, [0] * n
-    every = max(1, cache.free // SAMPLES)
+    every = max(1, size // PER_CELL)  # the free list is made of long runs: cells that are all free come out full
     for slot in cache._free[::every]:
         free[(slot - 1) // size] += every
     every = max(1, cache.leased // SAMPLES)
