@@ -41,6 +41,11 @@ __all__ = ["Answer", "Constraints", "TokenMasks", "Verdict"]
 RING = 2  # buffers in turn: masks of step N + 1 follow the tokens of step N, before which its own copy has ended
 MAX_FORCED = 512  # tokens that a matcher goes ahead at once: what follows is found at its end
 
+# A chunk among decoding rows costs each of them something, one step more costs its own row alone: forced tokens are
+# told from MIN_TOLD on beside nobody, from one more for every ROWS_A_TOKEN rows of the step. Untold ones are sampled.
+MIN_TOLD = 2
+ROWS_A_TOKEN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
@@ -69,7 +74,7 @@ class RowMatcher:
     row: int
     matcher: LLMatcher
     at: int  # position of the next token that the matcher would take
-    tells: bool  # forced tokens are told ahead; else they are sampled one by one, all the same
+    tells: bool  # forced tokens may be told ahead; else they are sampled one by one, all the same
     ahead: dict[int, int] = field(default_factory=dict)  # forced tokens by position, below `at`
     told: int = 0  # forced tokens below this position were told
     ended: bool = False
@@ -91,12 +96,15 @@ class RowMatcher:
         self.at += len(tokens)
         self.ended = self.matcher.is_stopped()
 
-    def verdict(self, position: int) -> Verdict:
-        """Of the token at `position`, which the matcher has taken."""
+    def verdict(self, position: int, n_rows: int) -> Verdict | None:
+        """Of the token at `position`, which the matcher has taken, in a step of so many rows; None: any may follow."""
+        if self.at == position + 1 and not self.ended and self.error is None:
+            return None
         if self.error is not None:
             return Verdict(error=self.error)
         first = max(position + 1, self.told)
-        forced = tuple(self.ahead[p] for p in range(first, self.at)) if self.tells else ()
+        worth = self.tells and self.at - first >= MIN_TOLD + n_rows // ROWS_A_TOKEN
+        forced = tuple(self.ahead[p] for p in range(first, self.at)) if worth else ()
         self.told = max(self.told, first + len(forced))
         return Verdict(forced, self.ended and self.told >= self.at and position < self.at)
 
@@ -104,8 +112,11 @@ class RowMatcher:
 class Answer:
     """What the grammars say of one step's tokens. `read` waits for the tokens; steps are read in order."""
 
-    def __init__(self, owner: Constraints, rows: list[tuple[int, int, RowMatcher]], tokens: HostCopy) -> None:
+    def __init__(
+        self, owner: Constraints, rows: list[tuple[int, int, RowMatcher]], tokens: HostCopy, n_rows: int
+    ) -> None:
         self._owner = owner
+        self._n_rows = n_rows
         self._rows = rows  # (number of the pick, position, matcher)
         self._tokens: HostCopy | None = tokens
 
@@ -117,8 +128,9 @@ class Answer:
         self._owner.accept([(row, position, int(tokens[i])) for i, position, row in self._rows])
 
     def verdicts(self) -> dict[int, Verdict]:
-        """By the number of the pick; once."""
-        return {i: row.verdict(position) for i, position, row in self._rows}
+        """By the number of the pick, where there is something to say; once."""
+        n_rows = self._n_rows
+        return {i: said for i, position, row in self._rows if (said := row.verdict(position, n_rows)) is not None}
 
 
 class Constraints:
@@ -184,7 +196,7 @@ class Constraints:
         rows = [(i, pick.position, self._rows[pick.row]) for i, pick in enumerate(picks) if pick.row in self._rows]
         if not rows:
             return None
-        answer = Answer(self, rows, tokens)
+        answer = Answer(self, rows, tokens, len(picks))
         self._unread.append(answer)
         return answer
 
