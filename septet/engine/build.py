@@ -6,7 +6,6 @@ Called by the engine process (`engine/__main__.py`) and by tests. Resolves each 
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from septet.engine.forward import EagerForward, TapeForward, record
 from septet.engine.local import LocalExecutor
 from septet.engine.messages import EngineInfo
+from septet.engine.phases import Phases
 from septet.engine.pool import allocate_pool
 from septet.engine.rows import Rows
 from septet.engine.runner import Runner
@@ -44,11 +44,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
-    """Load the model and allocate everything; after this nothing large is allocated again.
-
-    Raises SeptetError subclasses: ModelFileError, UnsupportedModel, OutOfMemory, InvalidRequest (a bad setting).
-    """
-    began = time.perf_counter()
+    """Load the model and allocate everything; after this nothing large is allocated again. Raises SeptetError:
+    ModelFileError, UnsupportedModel, OutOfMemory, InvalidRequest (a bad setting)."""
+    phases = Phases()
     model_config = read_model_config(Path(config.model))
     device, why_device = _device(config)
     ops, why_ops = _ops(config, device)
@@ -58,36 +56,32 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
     captured = (native or (device.type == "cuda" and ops.name != "reference")) and not config.enforce_eager
     sizes = _sizes(config, model_config, device, dtype, kv_dtype)
+    phases.done("device")
     rehearsal = _rehearse(model_config, ops, DTYPES[dtype], sizes) if captured and not native else None
-    loaded = time.perf_counter()
     with torch.inference_mode():
         source = _source(config, model_config, ops, device, DTYPES[dtype])
         build = Build(model_config, ops, source, device, DTYPES[dtype], max_len=sizes.max_model_len + 1)
         model = load_model(build)
+        phases.done("weights")
         kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[kv_dtype], device)
         rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
-        loaded = time.perf_counter() - loaded
         forward, runner_ops = _forward(model, ops, kv)
-    runner, why_eager = Runner(forward, runner_ops, kv, rows, Staging(device)), "eager steps"
-    if captured and isinstance(forward, TapeForward):
-        runner.graphs = TapedDecode(forward.tape, rows, sizes.max_num_seqs)
-    elif captured:
-        if rehearsal is not None:
-            log.info("weights after %.2f s; %d kernels compiled", loaded, rehearsal.finish())
-        why_eager = _capture(runner, model, sizes)
+    runner = Runner(forward, runner_ops, kv, rows, Staging(device))
+    phases.done("memory")
+    if rehearsal is not None:
+        phases.done(f"{rehearsal.finish()} kernels more")
+    why_eager = _capture(runner, model, sizes) if captured else "eager steps"
+    phases.done("first steps")
     del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
         ("device", str(device), why_device),
         ("dtype", dtype, why_dtype),
-        ("kv_dtype", kv_dtype, "halves the pool, and half the bytes to read" if kv_dtype != dtype else "as dtype"),
+        ("kv_dtype", kv_dtype, "half the bytes to hold and to read" if kv_dtype != dtype else "as dtype"),
         ("kernels", ops.name, why_ops),
-        (
-            "overlap",
-            "on" if overlap else "off",
-            "as asked" if config.overlap != "auto" else f"default for {device.type}",
-        ),
+        _overlap_words(config, overlap, device),
         ("captured_steps", *_captured_words(runner.graphs is not None, native, why_eager)),
         *sizes.choices,
+        ("load", f"{phases.seconds:.2f} s", phases.words),
     )
     info = EngineInfo(
         model=config.model,
@@ -102,10 +96,18 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         dtype=dtype,
         kernels=ops.name,
         pid=0,
-        load_s=time.perf_counter() - began,
+        load_s=phases.seconds,
         choices=choices,
     )
     return LocalExecutor(runner, depth=2 if overlap else 1), info
+
+
+def _overlap_words(config: EngineConfig, overlap: bool, device: torch.device) -> Choice:
+    return (
+        "overlap",
+        "on" if overlap else "off",
+        "as asked" if config.overlap != "auto" else f"default for {device.type}",
+    )
 
 
 def _captured_words(captured: bool, native: bool, why_eager: str) -> tuple[str, str]:
@@ -238,7 +240,10 @@ def _rehearse(model: ModelConfig, ops: Ops, dtype: torch.dtype, sizes: Sizes) ->
 
 
 def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:
-    """Steps as CUDA graphs -> "", or why there are none: then every step is launched kernel by kernel."""
+    """Steps as CUDA graphs or one native call -> "", or why not: then every step is launched kernel by kernel."""
+    if isinstance(runner.forward, TapeForward):
+        runner.graphs = TapedDecode(runner.forward.tape, runner.rows, sizes.max_num_seqs)
+        return ""
     from septet.engine.buckets import Shapes
     from septet.engine.graphs import CudaCapture, StepGraphs
 
