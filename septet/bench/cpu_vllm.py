@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--hold", action="store_true", help="once started, wait for a line on standard input")
     parser.add_argument("--shape", nargs=2, metavar=("SOURCE", "TARGET"))
     args = parser.parse_args()
     if args.shape:
@@ -100,6 +101,9 @@ def main() -> None:
     peer.seconds(1, 31, 1)
     figures = {"cold_s": time.perf_counter() - began}
     peer.seconds(1, 512, 4)
+    if args.hold:
+        print("started", flush=True)
+        input()
     figures |= {"pp512": statistics.median(512 / peer.seconds(1, 512, 1) for _ in range(args.repeat))}
     for name, shape in SHAPES.items():
         figures[name] = statistics.median(peer.decode(*shape) for _ in range(args.repeat))
