@@ -75,8 +75,8 @@ bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU,
 bench-http: setup  ## what the HTTP server costs at 1, 8 and 32 streaming clients
 	@$(BIN)/python -m septet.bench.http_load --json benchmarks/results/cpu/http.json
 
-bench-structured: setup  ## rate of constrained answers against free ones, at 1, 8 and 32 streams
-	@$(BIN)/python -m septet.bench.structured
+bench-structured: setup .venv-peers/.llama-cpp  ## constrained answers against free ones, beside llama.cpp's, at 1, 8 and 32 streams
+	@$(BIN)/python -m septet.bench.structured --kernels native --peer-python .venv-peers/bin/python
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

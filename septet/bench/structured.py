@@ -99,12 +99,12 @@ async def of_model(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def peer(args: argparse.Namespace, streams: list[int]) -> list[dict[str, Any]]:
     """llama.cpp's rows, from its own environment and in its own process."""
-    from septet.hub.store import find_model
+    from septet.hub.pull import resolve
 
     script = Path(__file__).parent / "structured_llama_cpp.py"
-    command = [args.peer_python, str(script), str(find_model(args.model).path), "--tokens", str(args.tokens)]
-    command += ["--schema", json.dumps(ENDLESS), "--streams", ",".join(map(str, streams))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [args.peer_python, str(script), str(resolve(args.model).path), "--tokens", str(args.tokens)]
+    command += ["--schema", json.dumps(RECORD), "--streams", ",".join(map(str, streams)), "--rounds", str(args.rounds)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     for row in rows:
         _print(row)
