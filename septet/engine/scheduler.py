@@ -130,6 +130,7 @@ class Scheduler:
         Returns the sequences that want more than one token.
         """
         prefills = []
+        rows, sequences, step, grow = draft.rows, draft.sequences, draft.step, self.cache.grow
         for seq in list(self._running):
             wanted = seq.length - seq.planned
             if seq.length >= seq.limit or seq.lease is None:  # its last token is in flight, or it just gave way
@@ -137,15 +138,25 @@ class Scheduler:
             if wanted > 1:
                 prefills.append(seq)
                 continue
-            slots = self.cache.grow(seq.lease, 1)
+            slots = grow(seq.lease, 1)
             while slots is None:
-                victim = choose_victim(self._running, draft.step)  # never in the draft: those come before `seq`
+                victim = choose_victim(self._running, step)  # never in the draft: those come before `seq`
                 self._preempt(victim)
                 if victim is seq:
                     break
-                slots = self.cache.grow(seq.lease, 1)
-            if slots is not None:
+                slots = grow(seq.lease, 1)
+            if slots is None:
+                continue
+            start = seq.planned
+            if not seq.joined or seq.private or start >= seq.owed:
                 self._add(draft, seq, 1, slots)
+                continue
+            seq.planned, seq.length = start + 1, start + 2  # as `_add`, for the usual row: hundreds of these a step
+            seq.in_flight += 1
+            seq.last_step = step
+            rows.append(PlanRow(seq.request.id, seq.row, start, 1, slots, 1))
+            sequences.append(seq)
+            draft.budget -= 1
         return [seq for seq in prefills if seq.lease is not None]
 
     def _plan_prefills(self, draft: Draft, prefills: list[Sequence]) -> None:
@@ -323,6 +334,9 @@ class Scheduler:
             if seq.ended:
                 continue
             got = results.get(row.request, _NOTHING)
+            if (usual := self._usual(seq, row, got)) is not None:
+                updates.append(usual)
+                continue
             fault = _fault(row, got, self.vocab_size)
             if fault is not None:
                 updates.append(self._end(seq, FinishReason.ERROR, _error(got.error_kind, fault)))
@@ -336,6 +350,22 @@ class Scheduler:
             if row.n_sample or row.prompt_logprobs:
                 updates.append(self._answer(seq, row, got))
         return updates
+
+    def _usual(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update | None:
+        """What most rows of most steps come to: one more token, in the middle of an answer. None: look closely."""
+        tokens, end = got.tokens, row.start + 1
+        if row.n != 1 or len(tokens) != 1 or end != len(seq.tokens) or row.n_sample != 1 or row.start < seq.n_known:
+            return None
+        if got.error is not None or got.forced or got.ended or got.pooled or row.prompt_logprobs or not seq.answered:
+            return None
+        token = tokens[0]
+        if token in seq.stops or end + 1 >= seq.limit or not 0 <= token < self.vocab_size:
+            return None
+        if seq.lease is not None:
+            seq.computed = end
+        seq.tokens.append(token)
+        self._tally.generated_tokens += 1
+        return Update(row.request, tokens, got.logprobs)
 
     def fail(self, plan: StepPlan, error: Exception) -> list[Update]:
         """The oldest plan in flight raised: its requests end with the error. ValueError for another step.
