@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "CudaCapture", "StepGraphs"]
 
+EAGER_S = 1.5  # seconds that captures may take at the start, beyond the first shapes
+QUICK_S = 0.1  # what a capture takes at most if no kernel has to be compiled
 BUSY_SHARE = 0.1  # of the time under traffic that captures may take, while shapes are missing
 MIN_PAUSE_S = 0.002  # between looks at what is wanted, over BUSY_SHARE
 MIN_WANTED = 2  # times that a shape was asked for before it is captured under traffic
@@ -150,8 +152,17 @@ class StepGraphs:
 
     @torch.inference_mode()
     def capture_first(self) -> None:
+        """The first shapes, then the usual ones while that is quick: as long as their kernels are compiled already."""
         for shape in self.shapes.first():
             self._capture(shape)
+        began = last = time.monotonic()
+        while self._todo and last - began < EAGER_S:
+            shape = self._todo.pop(0)
+            if shape not in self.captured:
+                self._capture(shape)
+            last, before = time.monotonic(), last
+            if last - before > QUICK_S:
+                break
 
     def find(self, rows: Sequence[PlanRow], decode: bool) -> Captured | None:
         """What can be replayed for rows that sample one token each or none; None: run eagerly. decode: each computes

@@ -88,7 +88,14 @@ def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str
     splits = decode.splits_of(rows, 8, 8192, 132)
     t = decode.tile_of(8 * rows * splits, 2 * dim, 132)
     const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": splits, "PARTS": parts, "BLOCK_M": 16, "BLOCK_N": t.block_n}
-    const |= {"BLOCK_E": dim, "STAGES": t.num_stages, "PRELOAD": t.preload, "NORM": extras, "WINDOW": extras}
+    const |= {
+        "BLOCK_E": dim,
+        "STAGES": t.num_stages,
+        "PRELOAD": t.preload,
+        "AHEAD": rows == 1,
+        "NORM": extras,
+        "WINDOW": extras,
+    }
     kind = BF16 if parts == 1 else F32
     return compile_one(decode._decode_kernel, {**const, "CAP": extras, "PDL": True}, t.num_warps, qkv_ptr=kind)
 

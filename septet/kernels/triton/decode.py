@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from septet.kernels.triton.attention import LOG2_E
-from septet.kernels.triton.pdl import launch_options
+from septet.kernels.triton.pdl import launch_options, overlaps, prefetch
 
 if TYPE_CHECKING:
     from septet.kernels.ops import LayerKV, Layout
@@ -104,12 +104,15 @@ def _capped(score, cap):
 @triton.jit(do_not_specialize=["eps", "window", "scale", "cap"])
 def _decode_kernel(
     qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
-    slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps, window, scale, cap, part_stride, k_stride, v_stride,
-    slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-    PRELOAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, next_ptr, next_lines, eps, window, scale, cap, part_stride,
+    k_stride, v_stride, slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    PRELOAD: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
+
+    AHEAD: one row; programs without a share prefetch next (128 bytes times next_lines), a constant.
 
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
     arrived (R, G) int32: zero, and left zero. BLOCK_E: E up to a power of two.
@@ -126,7 +129,13 @@ def _decode_kernel(
     turns = tl.cdiv(past - key_lo, BLOCK_N)
     share = tl.maximum(tl.cdiv(turns, SPLITS), 1) * BLOCK_N
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
-    if split >= used:  # room for the next kernel; the others' waiting keeps the order
+    if split >= used:  # the others' waiting keeps the order
+        if AHEAD:  # memory idles while so few programs attend: ask the cache for the weights that come next
+            n_idle = (SPLITS - used) * G
+            line = tl.arange(0, 128).to(tl.int64)
+            for first in range((split - used) * G + kv_head, tl.cdiv(next_lines, 128), n_idle):
+                at_line = tl.minimum(first * 128 + line, next_lines - 1)
+                prefetch(next_ptr + at_line * (128 // next_ptr.dtype.element_ty.itemsize))
         return
     lo = key_lo + split * share
     hi = tl.minimum(lo + share, past)
@@ -228,7 +237,7 @@ def tile_of(n_programs: int, row_bytes: int, n_sms: int) -> Tile:
     them at once. row_bytes: of one key of one head, padded to a power of two."""
     if n_programs <= 4 * n_sms:
         return Tile(max(min(128 * 256 // row_bytes, 128), 32), 2, 4, True)
-    return Tile(max(min(64 * 256 // row_bytes, 64), 32), 3, 4, False)
+    return Tile(max(min(64 * 256 // row_bytes, 64), 32), 3, 2, False)
 
 
 def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
@@ -251,12 +260,13 @@ def decode_attention(
     dtype: torch.dtype,
     arrived: Tensor,
     n_sms: int,
+    ahead: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """qkv (R, (H + 2G) E), or its float32 parts (P, R, ...) -> (R, H E) in `dtype`; one token a row.
 
-    Writes the tokens' keys and values to `kv`. arrived: int32 zeros, at least R * G; zeros again afterwards. The rest
-    as in `Ops.qkv_write` and `Ops.attention`.
+    Writes the tokens' keys and values to `kv`. ahead: the weight that the next kernel reads. arrived: int32 zeros, at
+    least R * G; zeros again afterwards. The rest as in `Ops.qkv_write` and `Ops.attention`.
     """
     n_kv, dim = kv.k.shape[1:]
     parts, n_rows, width = (1, *qkv.shape) if qkv.dim() == 2 else qkv.shape
@@ -273,12 +283,15 @@ def decode_attention(
         total = torch.empty_like(top)
     t = tile or tile_of(n_kv * n_rows * splits, block_e * kv.k.element_size(), n_sms)
     norm = q_norm is not None and k_norm is not None
+    prefetches = ahead is not None and n_rows == 1 and splits > 1 and overlaps()
+    weight = ahead if ahead is not None else qkv
     _decode_kernel[(n_kv, n_rows, splits)](
         qkv, out, acc, top, total, arrived, kv.k, kv.v, layout.rows, layout.kv_len, layout.slots, layout.slot_of,
-        cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, eps, 0 if window is None else window,
+        cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, weight,
+        weight.numel() * weight.element_size() // 128, eps, 0 if window is None else window,
         scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
         G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_E=block_e,
-        STAGES=t.num_stages, PRELOAD=t.preload, NORM=norm, WINDOW=window is not None, CAP=soft_cap != 0.0,
-        num_warps=t.num_warps, **launch_options(),
+        STAGES=t.num_stages, PRELOAD=t.preload, AHEAD=prefetches, NORM=norm, WINDOW=window is not None,
+        CAP=soft_cap != 0.0, num_warps=t.num_warps, **launch_options(),
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from septet.kernels.ops import LayerKV, Layout
 
-__all__ = ["Gated", "Lazy", "Normed", "Product", "Rotated"]
+__all__ = ["Attended", "Gated", "Lazy", "Normed", "Product", "Rotated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,4 +71,19 @@ class Rotated:
     eps: float
 
 
-Lazy = Normed | Product | Gated | Rotated
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Attention of one row; its program may prefetch the weight that multiplies it."""
+
+    q: Rotated
+    scale: float
+    window: int | None
+    soft_cap: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        heads, dim = self.q.kv.k.shape[1:]
+        return (self.q.qkv.shape[0], self.q.qkv.shape[1] - 2 * heads * dim)
+
+
+Lazy = Normed | Product | Gated | Rotated | Attended

@@ -24,7 +24,7 @@ from septet.kernels.triton.attention import attention
 from septet.kernels.triton.decode import decode_attention
 from septet.kernels.triton.embed import embed
 from septet.kernels.triton.gemv import gemv
-from septet.kernels.triton.lazy import Gated, Normed, Product, Rotated
+from septet.kernels.triton.lazy import Attended, Gated, Normed, Product, Rotated
 from septet.kernels.triton.mask import apply_mask
 from septet.kernels.triton.norm import add_rms_norm, rms_norm, sum_parts
 from septet.kernels.triton.qkv import qkv_write
@@ -68,6 +68,8 @@ class TritonOps(ReferenceOps):
             return sum_parts(out, x.weight.dtype) if out.dim() == 3 else out
         if isinstance(x, Gated):
             return self._gated(x)
+        if isinstance(x, Attended):
+            return self._attended(x)
         assert isinstance(x, Rotated)
         return qkv_write(self.value(x.qkv), x.kv, x.layout, x.cos_sin, x.q_norm, x.k_norm, x.eps)
 
@@ -75,6 +77,8 @@ class TritonOps(ReferenceOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
         if self.fuse and weight.is_contiguous() and rows > 0 and (rows == 1 or some.fits(rows, *weight.shape)):
+            if isinstance(x, Attended):
+                x = self._attended(x, ahead=weight)
             kept = x if isinstance(x, Normed) and rows == 1 else self.value(x)
             return cast("Tensor", Product(kept, weight, bias))
         return super().linear(self.value(x), weight, bias)
@@ -153,11 +157,16 @@ class TritonOps(ReferenceOps):
     ) -> Tensor:
         if not isinstance(q, Rotated):
             return attention(self.value(q), kv, layout, scale, window, soft_cap, self.n_sms)
+        owed = Attended(q, scale, window, soft_cap)
+        return cast("Tensor", owed) if owed.shape[0] == 1 else self._attended(owed)
+
+    def _attended(self, a: Attended, ahead: Tensor | None = None) -> Tensor:
+        q = a.q
         qkv = self._product(q.qkv) if isinstance(q.qkv, Product) else q.qkv
         dtype = q.qkv.weight.dtype if isinstance(q.qkv, Product) else qkv.dtype
         return decode_attention(
-            qkv, kv, layout, q.cos_sin, q.q_norm, q.k_norm, q.eps, scale, window, soft_cap, dtype,
-            self._counters(qkv.device), self.n_sms,
+            qkv, q.kv, q.layout, q.cos_sin, q.q_norm, q.k_norm, q.eps, a.scale, a.window, a.soft_cap, dtype,
+            self._counters(qkv.device), self.n_sms, ahead,
         )  # fmt: skip
 
     def _counters(self, device: torch.device) -> Tensor:

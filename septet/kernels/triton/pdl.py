@@ -12,15 +12,23 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["launch_options", "overlaps"]
+__all__ = ["launch_options", "overlaps", "prefetch"]
+
+
+@triton.jit
+def prefetch(at):  # type: ignore[no-untyped-def]
+    """Ask the L2 cache for the lines (128 bytes) that these pointers lie in."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @cache
 def overlaps() -> bool:
     """Does this GPU have it (compute capability 9.0 and later)? Never through Triton's interpreter."""
-    import triton
-
     if triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= (9, 0)

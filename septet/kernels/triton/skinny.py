@@ -17,19 +17,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from septet.kernels.triton.gemv import _gate
-from septet.kernels.triton.pdl import launch_options
+from septet.kernels.triton.pdl import launch_options, prefetch
 
 __all__ = ["MAX_ROWS", "Shape", "fits", "shape_of", "skinny"]
 
 MAX_ROWS = 128
-
-
-@triton.jit
-def _prefetch(at):
-    """Ask the L2 cache for the lines (128 bytes) that these pointers lie in."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -52,9 +44,9 @@ def _skinny_kernel(
         if AHEAD > 0:
             line = tl.arange(0, AHEAD) * (128 // w_ptr.dtype.element_ty.itemsize)
             lines = w_ptr + n.to(tl.int64)[:, None] * K + part * SHARE + line[None, :]
-            _prefetch(lines)
+            prefetch(lines)
             if ACT:
-                _prefetch(lines + N.to(tl.int64) * K)
+                prefetch(lines + N.to(tl.int64) * K)
         gdc_wait()
     w_at = w_ptr + n.to(tl.int64)[:, None] * K + part * SHARE + k[None, :]
     u_at = w_at + N.to(tl.int64) * K if ACT else w_at
