@@ -5,7 +5,9 @@ Used by `graphs.py` (capture and choice) and `sizing.py` (their memory). Standar
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Shapes:
         return cls(max_rows, max_len, max((n for n in _LENGTHS if n <= min(max_len, step_tokens)), default=0))
 
     def decode(self, n_rows: int) -> Shape:
-        size = next(s for s in decode_sizes(self.max_rows) if s >= n_rows)
+        sizes = decode_sizes(self.max_rows)
+        size = sizes[bisect_left(sizes, n_rows)]
         return Shape(True, size, size, self.max_len)
 
     def chunk(self, n_tokens: int, n_rows: int, context: int) -> Shape | None:
@@ -79,10 +82,11 @@ class Shapes:
         return len(decode_sizes(self.max_rows)) + (MAX_CHUNKS if self.max_tokens else 0)
 
 
-def decode_sizes(max_rows: int) -> list[int]:
-    """1, 2, 4, multiples of 8 to 64, of 16 to 256, of 32 beyond; none over max_rows."""
+@cache
+def decode_sizes(max_rows: int) -> tuple[int, ...]:
+    """1, 2, 4, multiples of 8 to 64, of 16 to 256, of 32 beyond; none over max_rows. Ascending."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)]
-    return sorted({*(s for s in sizes if s < max_rows), max_rows})
+    return tuple(sorted({*(s for s in sizes if s < max_rows), max_rows}))
 
 
 def stand_in(shape: Shape, captured: Iterable[Shape]) -> Shape | None:
