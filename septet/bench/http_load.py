@@ -1,11 +1,12 @@
 """What the HTTP server costs: streaming clients against `septet serve`, beside the same chats through `AsyncLLM`.
 
-    python -m septet.bench.http_load [MODEL] [--clients 1,8,32] [--tokens 64] [--rounds 3] [--json PATH]
+    python -m septet.bench.http_load [MODEL] [--clients 1,8,32] [--tokens 64] [--rounds 5] [--json PATH]
 
-Both sides have an engine process of their own with the same settings and stay up; rounds alternate who goes first and
-medians count. The clients are bare sockets (they share the machine with what they measure) that check the status, the
-number of tokens in the usage and the end of the stream. Beside the rates stands the CPU time per token of the serving
-process and of the process that runs the session (which is also the clients').
+Both sides have an engine process of their own with the same settings and stay up; rounds alternate who goes first.
+Medians count; the cost is the median of the rounds' own ratios, as a shared machine's speed changes between rounds. The
+clients are bare sockets (they share the machine with what they measure) that check the status, the number of tokens in
+the usage and the end of the stream. Beside the rates stands the CPU time per token of the serving process and of the
+process that runs the session (which is also the clients').
 """
 
 from __future__ import annotations
@@ -82,16 +83,17 @@ async def served(model: str, options: dict[str, Any]) -> AsyncIterator[tuple[str
 
 
 async def _pass_on(stream: asyncio.StreamReader) -> None:
-    """What the server says while it serves is ours to say, and its pipe never fills."""
-    while line := await stream.readline():
-        sys.stderr.write(line.decode(errors="replace"))
+    """What the server says while it serves is ours to say, but for a line each request; its pipe never fills."""
+    while said := (await stream.readline()).decode(errors="replace"):
+        if " access id=" not in said:
+            sys.stderr.write(said)
 
 
-async def ask_server(url: str, body: dict[str, Any]) -> tuple[float, int]:
+async def ask_server(url: str, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[float, int]:
     """One streamed chat -> (time of the first text, tokens)."""
     address = urlsplit(url)
     raw = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=MAX_LINE)
     try:
         writer.write(f"{head}Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n".encode() + raw)
@@ -184,7 +186,8 @@ async def run(model: str, counts: list[int], tokens: int, rounds: int, options: 
 
 def row_of(clients: int, sides: dict[str, Side]) -> dict[str, Any]:
     http, session = sides["http"].medians(), sides["session"].medians()
-    cost = 1 - http["tokens_s"] / session["tokens_s"]
+    pairs = zip(sides["http"].tokens_s, sides["session"].tokens_s, strict=True)
+    cost = 1 - statistics.median(one / other for one, other in pairs)
     return {"clients": clients, "http": http, "session": session, "cost": round(cost, 4)}
 
 
@@ -202,7 +205,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--clients", default="1,8,32", help="numbers of clients, with commas")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kernels", default="native")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
