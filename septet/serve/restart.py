@@ -36,7 +36,6 @@ class RestartedModel(FixedModels):
     def __init__(self, session: Session, names: Sequence[str], start: Callable[[], Awaitable[Session]]) -> None:
         super().__init__(session, names)
         self.restarts = 0
-        self.restarting = False
         self._start = start
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._given_up = False
@@ -45,6 +44,10 @@ class RestartedModel(FixedModels):
     @property
     def dead(self) -> bool:
         return self._given_up
+
+    @property
+    def restarting(self) -> bool:
+        return self.session.client.dead and not self._given_up
 
     def loaded(self) -> Sequence[Session]:
         return [] if self.session.client.dead else [self.session]
@@ -71,9 +74,7 @@ class RestartedModel(FixedModels):
                 self._given_up = True
                 return
             self._deaths.append(now)
-            self.restarting = True
             await self._again()
-            self.restarting = False
 
     async def _again(self) -> None:
         """A new session in place of the dead one; a failed start counts as a death."""
