@@ -21,9 +21,12 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from septet.bench.cpu_host import bytes_per_token, commit, machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TITLES = {"tg128": "one stream", "pp512": "prefill 512", "b8": "8 streams", "b32": "32 streams"}
 COLD = "start to first token, s"
@@ -135,7 +138,8 @@ def one_round(entry: Entry, path: Path, sides: list[str], peers: Peers, folder: 
         entry.note(side, figures_of(side, path, peers, folder))
 
 
-def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> None:
+def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> Iterator[tuple[str, int]]:
+    """All rounds; yields (file, round) after each."""
     from septet.hub.model_config import read_model_config
 
     with tempfile.TemporaryDirectory() as made:
@@ -145,8 +149,8 @@ def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -
             sides = [s for s in args.sides if peers.has(s) and (s != "vllm_cpu" or label == VLLM_MODEL)]
             entry = entries.setdefault(label, Entry(bytes_per_token(path, read_model_config(path))[0]))
             for turn in range(args.rounds):
-                one_round(entry, path, sides if turn % 2 == 0 else sides[::-1], peers, folder)
-                print(f"{label}: round {turn + 1}", file=sys.stderr, flush=True)
+                one_round(entry, path, sides if len(entry.probe_gb_s) // len(sides) % 2 else sides[::-1], peers, folder)
+                yield label, turn
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -188,6 +192,12 @@ def read(path: Path | None) -> tuple[dict[str, Entry], list[dict[str, Any]]]:
     return {label: Entry(**values) for label, values in document["files"].items()}, document["runs"]
 
 
+def write(path: Path, entries: dict[str, Entry], runs: list[dict[str, Any]]) -> None:
+    document = {"machine": machine(), "runs": runs, "files": {label: asdict(e) for label, e in entries.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="Python of an environment with llama-cpp-python")
@@ -201,14 +211,13 @@ def main() -> None:
     args = parser.parse_args()
     peers = Peers(args.peer_python, args.vllm_python)
     entries, runs = read(args.json if args.add else None)
-    measure(entries, args, peers)
     command = " ".join(["python -m septet.bench.cpu_table", *sys.argv[1:]])
     runs.append({"command": command, "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
+    for label, turn in measure(entries, args, peers):
+        print(f"{label}: round {turn + 1}", file=sys.stderr, flush=True)
+        if args.json:
+            write(args.json, entries, runs)
     print(table(entries))
-    if args.json:
-        document = {"machine": machine(), "runs": runs, "files": {label: asdict(e) for label, e in entries.items()}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
