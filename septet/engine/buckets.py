@@ -17,7 +17,7 @@ __all__ = ["MAX_CHUNKS", "MAX_TOKENS", "Shape", "Shapes", "decode_sizes", "stand
 
 MAX_TOKENS = 512  # of a captured chunk; beyond, launching costs less than computing
 MAX_CHUNKS = 96  # captured chunks that are kept
-CHUNK_ROWS = (1, 4, 16, 64, 256)
+CHUNK_ROWS = (4, 16, 64, 128, 256)  # of mixed steps
 FIRST_DECODES = (1, 2, 4, 8)  # captured before the engine says it is ready, beside the largest
 FIRST_CHUNK = 128
 
@@ -53,28 +53,33 @@ class Shapes:
     def chunk(self, n_tokens: int, n_rows: int, context: int) -> Shape | None:
         """The smallest shape for so many tokens in so many rows; None: too many. `context`: the longest row's.
 
-        Two lengths of context, the tokens of the step itself (fresh prompts) or any, since attention is split by what
-        it might have to read.
+        A single row has two lengths of context, the tokens of the step itself (a fresh prompt) or any, since attention
+        is split by what it might have to read. Mixed steps come in few sizes, so that all of them get captured: up to
+        256 tokens a step costs what reading the weights costs.
         """
         if n_tokens > self.max_tokens or n_rows > CHUNK_ROWS[-1]:
             return None
-        tokens = next(n for n in _LENGTHS if n >= n_tokens)
-        rows = min(next(r for r in CHUNK_ROWS if r >= n_rows), max(self.max_rows, n_rows))
-        return Shape(False, tokens, rows, tokens if context <= tokens else self.max_len)
+        if n_rows == 1:
+            tokens = next(n for n in _LENGTHS if n >= n_tokens)
+            return Shape(False, tokens, 1, tokens if context <= tokens else self.max_len)
+        tokens = min(next(n for n in _MIXED if n >= n_tokens), self.max_tokens)
+        rows = min(next(r for r in CHUNK_ROWS if r >= n_rows), tokens, max(self.max_rows, n_rows))
+        return Shape(False, tokens, rows, self.max_len)
 
     def first(self) -> list[Shape]:
         """What is captured before the first request. The largest ones come first: their memory serves all others."""
         sizes = sorted({self.max_rows, *(s for s in FIRST_DECODES if s < self.max_rows)}, reverse=True)
-        chunks = (
-            [self.chunk(self.max_tokens, min(CHUNK_ROWS[2], self.max_rows), self.max_len)] if self.max_tokens else []
-        )
-        chunks.append(self.chunk(FIRST_CHUNK, 1, 1))
+        most = min(CHUNK_ROWS[-1], self.max_rows, self.max_tokens)
+        chunks = [self.chunk(self.max_tokens, most, self.max_len), self.chunk(FIRST_CHUNK, 1, 1)] if most else []
         return [*map(self.decode, sizes), *_some(chunks)]
 
     def usual(self) -> list[Shape]:
-        """What is captured in pauses though nobody has asked yet: all decode sizes, single chunks of every length."""
+        """What is captured in pauses though nobody has asked yet: all decode sizes, mixed steps, single chunks."""
         decodes = [self.decode(size) for size in reversed(decode_sizes(self.max_rows))]
-        return [*decodes, *_some(self.chunk(n, 1, context) for context in (1, self.max_len) for n in _LENGTHS)]
+        most = min(self.max_rows, self.max_tokens)
+        mixed = [self.chunk(n, min(rows, n, most), 1) for n in _MIXED for rows in CHUNK_ROWS if most > 1]
+        single = [self.chunk(n, 1, context) for context in (1, self.max_len) for n in _LENGTHS]
+        return [*decodes, *_some([*mixed, *single])]
 
     @property
     def max_graphs(self) -> int:
@@ -95,13 +100,14 @@ def stand_in(shape: Shape, captured: Iterable[Shape]) -> Shape | None:
     return min(fits, key=lambda c: (c.tokens, c.rows, c.max_kv), default=None)
 
 
+_MIXED = (32, 64, 128, 256, 384, MAX_TOKENS)
 _LENGTHS = (*range(16, 257, 16), *range(288, MAX_TOKENS + 1, 32))  # at most 12.5 % are padding from 128 on
 
 
 def _holds(larger: Shape, shape: Shape) -> bool:
     if larger.tokens < shape.tokens or larger.rows < shape.rows or larger.max_kv < shape.max_kv:
         return False
-    return shape.decode or (4 * larger.tokens <= 5 * shape.tokens and larger.rows <= max(4, 4 * shape.rows))
+    return shape.decode or larger.tokens <= max(256, 5 * shape.tokens // 4)
 
 
 def _some(shapes: Iterable[Shape | None]) -> list[Shape]:

@@ -58,7 +58,9 @@ def with_graphs(model: Path, **settings: object) -> tuple[Engine, StepGraphs, Re
     info, replays = engine.info, Replays()
     shapes = Shapes.of(info.max_num_seqs, info.max_model_len, info.max_num_batched_tokens)
     runner.graphs = StepGraphs(runner, runner.forward.model, shapes, replays)
-    runner.graphs.capture_first()
+    with torch.inference_mode():
+        for shape in shapes.first():
+            runner.graphs._capture(shape)
     return engine, runner.graphs, replays
 
 
@@ -72,15 +74,16 @@ def prompts() -> list[list[int]]:
 def test_padded_steps_give_the_same_ids(model: Path, overlap: str) -> None:
     # Chunks of prompts, beside decoding rows; twice, since shapes are captured once they have been asked for.
     settings = {"max_num_batched_tokens": 40, "overlap": overlap, "enable_prefix_caching": False}
-    want = ask(start(model, "reference", **settings), prompts(), 24, stagger=3)
+    asked = prompts()[::-1]
+    want = ask(start(model, "reference", **settings), asked, 24, stagger=3)
     engine, graphs, replays = with_graphs(model, **settings)
     for _ in range(2):
-        assert ask(engine, prompts(), 24, stagger=3) == want
+        assert ask(engine, asked, 24, stagger=3) == want
         while graphs.spare(busy=False):
             pass
     assert {shape.decode for shape in replays.ran} == {True, False}
     assert any(shape.rows > 1 and not shape.decode for shape in replays.ran)
-    assert len({shape.max_kv for shape in replays.ran if not shape.decode}) > 1
+    assert any(shape.rows == 1 and not shape.decode for shape in replays.ran)
 
 
 def test_sampling_of_every_kind_after_a_captured_chunk(model: Path) -> None:
@@ -137,12 +140,17 @@ def test_a_chunk_writes_nothing_beyond_its_rows(model: Path) -> None:
 def test_every_plan_within_the_limits_has_a_shape_with_little_padding() -> None:
     shapes = Shapes.of(256, 4096, 8192)
     for n_tokens in range(1, MAX_TOKENS + 1):
-        for n_rows in (1, 2, 17, 256):
-            shape = shapes.chunk(n_tokens, n_rows, n_tokens)
-            assert shape is not None
-            assert n_rows <= shape.rows <= 256
-            assert n_tokens <= shape.tokens <= max(n_tokens + 15, n_tokens * 1.125)
-            assert shape.max_kv == shape.tokens
+        single = shapes.chunk(n_tokens, 1, n_tokens)
+        assert single is not None
+        assert n_tokens <= single.tokens <= max(n_tokens + 15, n_tokens * 1.125)
+        assert (single.rows, single.max_kv) == (1, single.tokens)
+        for n_rows in (2, 17, 100, 256):
+            if n_rows <= n_tokens:
+                mixed = shapes.chunk(n_tokens, n_rows, n_tokens)
+                assert mixed is not None
+                assert n_rows <= mixed.rows <= min(mixed.tokens, max(4 * n_rows, 4))
+                assert n_tokens <= mixed.tokens <= max(32, 2 * n_tokens)
+                assert mixed in shapes.usual(), "no plan waits for a capture for ever"
     assert shapes.chunk(MAX_TOKENS + 1, 1, 1) is None
     assert shapes.chunk(8, 1, 4000) == Shape(False, 16, 1, 4096)
     assert [shapes.decode(n).rows for n in (1, 3, 9, 65, 256)] == [1, 4, 16, 80, 256]
@@ -162,7 +170,7 @@ def test_shapes_stay_within_a_small_engine() -> None:
 def test_what_stands_in_is_larger_but_not_wasteful() -> None:
     small, large = Shape(False, 128, 1, 128), Shape(False, 512, 16, 4096)
     assert stand_in(Shape(False, 112, 1, 112), [small, large]) == small
-    assert stand_in(Shape(False, 80, 1, 80), [small, large]) is None
+    assert stand_in(Shape(False, 80, 1, 80), [large]) is None
     assert stand_in(Shape(False, 112, 1, 4096), [small]) is None
     assert stand_in(Shape(False, 448, 16, 448), [small, large]) == large
     assert stand_in(Shape(True, 3, 3, 4096), [Shape(True, 256, 256, 4096), large]) == Shape(True, 256, 256, 4096)
