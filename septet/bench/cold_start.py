@@ -93,7 +93,7 @@ def _random_values() -> memoryview:
 
     floats = np.random.default_rng(0).standard_normal(BLOCK, dtype=np.float32) * np.float32(0.02)
     halves = (floats.view(np.uint32) >> 16).astype(np.uint16)
-    return memoryview(np.concatenate([halves, halves])).cast("B")
+    return np.concatenate([halves, halves]).data.cast("B")
 
 
 def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...], int]], values: memoryview) -> None:

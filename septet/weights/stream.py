@@ -189,7 +189,7 @@ class _Lane:
 
 
 def _read(file: int, offset: int, buffer: Tensor) -> None:
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     while len(view):
         n = os.preadv(file, [view], offset)
         if n == 0:
