@@ -202,7 +202,11 @@ def _pieces(value: Any) -> list[Piece]:
 
 
 def _settings(params: SamplingParams, n_predict: int, stream: bool) -> dict[str, Any]:
-    told = {"n_predict": n_predict, "max_tokens": n_predict, "seed": -1 if params.seed is None else params.seed}
+    told: dict[str, Any] = {
+        "n_predict": n_predict,
+        "max_tokens": n_predict,
+        "seed": -1 if params.seed is None else params.seed,
+    }
     told |= {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     told |= {"repeat_penalty": params.repetition_penalty, "repeat_last_n": -1, "typical_p": 1.0, "mirostat": 0}
     told |= {name: getattr(params, name) for name in ("presence_penalty", "frequency_penalty", "ignore_eos")}
