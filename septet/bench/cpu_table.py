@@ -6,7 +6,8 @@
 Each round runs the sides on each file, alternating who goes first, each in a process of its own; the table shows
 medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
 beside it. Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only). vLLM
-reads no such files: it runs a dense model of the same shape (bf16, or float32 where the CPU has no bf16). `--add` adds rounds to those that PATH holds.
+reads no such files: it runs a dense model of the same shape (bf16, or float32 where the CPU has no bf16). `--add` adds
+rounds to those that PATH holds.
 """
 
 from __future__ import annotations
