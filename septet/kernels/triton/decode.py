@@ -246,6 +246,11 @@ def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 
+def _worth_fetching(weight: Tensor) -> bool:
+    """Measured on an H100: a step with 33 MB here is 2 % faster, one with 8 MB, soon read anyway, 2 % slower."""
+    return weight.numel() * weight.element_size() >= 16 << 20
+
+
 def decode_attention(
     qkv: Tensor,
     kv: LayerKV,
@@ -283,7 +288,7 @@ def decode_attention(
         total = torch.empty_like(top)
     t = tile or tile_of(n_kv * n_rows * splits, block_e * kv.k.element_size(), n_sms)
     norm = q_norm is not None and k_norm is not None
-    prefetches = ahead is not None and n_rows == 1 and splits > 1 and overlaps()
+    prefetches = ahead is not None and _worth_fetching(ahead) and n_rows == 1 and splits > 1 and overlaps()
     weight = ahead if ahead is not None else qkv
     _decode_kernel[(n_kv, n_rows, splits)](
         qkv, out, acc, top, total, arrived, kv.k, kv.v, layout.rows, layout.kv_len, layout.slots, layout.slot_of,
