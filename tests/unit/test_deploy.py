@@ -1,0 +1,102 @@
+"""What is in deploy/ speaks of things that exist: metrics of the dashboard, flags of unit, image and compose file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from septet.serve.app import Service, Settings
+from septet.serve.keys import Key, Keys, digest_of
+from septet.serve.metrics import Metrics
+from tests.fakes import FakeClient, session
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+WORDS = {"sum", "rate", "by", "le", "histogram_quantile", "model_name", "label_values"}
+
+
+def names() -> set[str]:
+    """Every sample's name that a server with keys and traffic shows."""
+    service = Service(session(FakeClient()), Settings(), Keys([Key(name="a", digest=digest_of("x" * 20))]))
+    asyncio.run(service.refresh())
+    service.metrics.key_used("a", 1, 1)
+    service.metrics.answered("/", "GET", 200)
+    return set(re.findall(r"^([a-z_:0-9]+)[{ ]", service.metrics.render().decode(), re.MULTILINE))
+
+
+def test_every_query_of_the_dashboard_names_a_metric_that_exists() -> None:
+    board = json.loads((DEPLOY / "grafana/septet.json").read_text())
+    known, asked = names(), set()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            expression = re.sub(r"\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)", "", target["expr"])
+            asked |= set(re.findall(r"\b[a-z_][a-z_:0-9]+", expression)) - WORDS
+    asked.add(re.search(r"label_values\(([^,]+),", json.dumps(board["templating"])).group(1))  # type: ignore[union-attr]
+    assert len(asked) > 20
+    assert asked <= known, asked - known
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:cache_config_info",
+        "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
+        "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total",
+        "vllm:admission_rejections_total", "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_sum", "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_time_per_output_token_seconds_bucket", "vllm:request_decode_time_seconds_bucket",
+        "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket", "vllm:request_params_n_bucket",
+        "tgi_queue_size", "tgi_batch_current_size", "tgi_batch_current_max_tokens", "tgi_request_count",
+        "tgi_request_success", "tgi_request_duration_bucket", "tgi_request_mean_time_per_token_duration_bucket",
+        "tgi_request_input_length_bucket", "tgi_request_generated_tokens_bucket", "tgi_request_max_new_tokens_bucket",
+        "http_request_duration_seconds_bucket",
+    ],
+)  # fmt: skip
+def test_the_names_that_dashboards_and_routers_of_others_read(name: str) -> None:
+    assert name in names()
+
+
+def flags() -> set[str]:
+    from septet.cli.serve import serve
+
+    return {flag for parameter in serve.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def used(words: list[Any]) -> set[str]:
+    return {str(word).split("=")[0] for word in words if str(word).startswith("--")}
+
+
+def test_units_images_and_compose_files_use_flags_that_exist() -> None:
+    unit = (DEPLOY / "systemd/septet.service").read_text()
+    start = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    assert start is not None
+    assert used(shlex.split(start[1])) <= flags()
+    image = (DEPLOY / "docker/Dockerfile").read_text()
+    entry = re.search(r"^ENTRYPOINT (.*)$", image, re.MULTILINE)
+    assert entry is not None
+    assert used(json.loads(entry[1])) <= flags()
+    compose = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())
+    assert used(compose["services"]["septet"]["command"]) <= flags()
+    assert re.search(r"^USER septet$", image, re.MULTILINE), "not as root"
+    stop = re.search(r"--shutdown-timeout (\d+)", start[1])
+    kill = re.search(r"^TimeoutStopSec=(\d+)", unit, re.MULTILINE)
+    assert stop is not None
+    assert kill is not None
+    assert int(stop[1]) < int(kill[1]), "systemd must not cut a drain"
+
+
+def test_labels_tell_models_apart() -> None:
+    from septet.request import SamplingParams
+
+    metrics = Metrics()
+    for model in ("one", "two"):
+        metrics.track(model, SamplingParams(), [3])
+    text = metrics.render().decode()
+    for model in ("one", "two"):
+        assert f'vllm:request_prompt_tokens_count{{engine="0",model_name="{model}"}} 1.0' in text
