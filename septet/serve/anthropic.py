@@ -8,14 +8,14 @@ from __future__ import annotations
 import secrets
 from contextlib import aclosing
 from datetime import UTC, datetime
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from septet.errors import InvalidRequest
 from septet.serve.anthropic_call import COUNT_SCHEMA, MESSAGES_SCHEMA, parse_count, parse_messages
 from septet.serve.anthropic_shape import Answer
-from septet.serve.body import read_object
+from septet.serve.body import body_of
+from septet.serve.context import current
 from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import error_body, headers_of, status_of
 from septet.serve.generation import generate
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from septet.serve.anthropic_call import Conversation, MessagesCall
     from septet.serve.app import Service
-    from septet.serve.dialect import Handler
     from septet.serve.generation import Numbered
     from septet.serve.models import ModelCard
     from septet.session.session import Prompt, Session
@@ -51,56 +50,46 @@ _KINDS = {
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
-def _errors(number: str) -> ErrorStyle:
-    def body(error: BaseException) -> dict[str, Any]:
-        status = status_of(error)
-        kind = _KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
-        told = {"type": kind, "message": error_body(error)["error"]["message"]}
-        return {"type": "error", "error": told, "request_id": number}
-
-    async def in_stream(reply: Reply, told: Any) -> None:
-        await reply.event(told, "error")
-        await reply.end()
-
-    def headers(error: BaseException) -> dict[str, str]:
-        return headers_of(error) | {"request-id": number}
-
-    return ErrorStyle(body, in_stream, headers=headers)
+def _number() -> str:
+    """Of the request being answered: ours, never a client's, the one of the access log."""
+    context = current()
+    return f"req_{context.id if context is not None else secrets.token_hex(12)}"
 
 
-def _numbered(handler: Handler) -> Handler:
-    """The handler with the request's number in its headers and errors; the number is ours, never a client's."""
+def _body_of(error: BaseException) -> dict[str, Any]:
+    status = status_of(error)
+    kind = _KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    told = {"type": kind, "message": error_body(error)["error"]["message"]}
+    return {"type": "error", "error": told, "request_id": _number()}
 
-    @wraps(handler)
-    async def handle(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-        number = f"req_{secrets.token_hex(12)}"
-        reply.errors = _errors(number)
-        reply.stream_headers["request-id"] = number
-        await handler(service, scope, receive, reply)
 
-    return handle
+async def _in_stream(reply: Reply, told: Any) -> None:
+    await reply.event(told, "error")
+    await reply.end()
+
+
+def _headers_of(error: BaseException) -> dict[str, str]:
+    return headers_of(error) | {"request-id": _number()}
+
+
+ANTHROPIC_ERRORS = ErrorStyle(_body_of, _in_stream, status_of, _headers_of)
 
 
 async def _json(reply: Reply, body: Any) -> None:
-    await reply.json(body, headers={"request-id": reply.stream_headers["request-id"]})
+    await reply.json(body, headers={"request-id": _number()})
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 async def messages(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_messages(await _body(service, scope, receive))
+    call = parse_messages(await body_of(service, scope, receive))
     await until_gone(receive, _answer(service, call, reply))
 
 
 async def count_tokens(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_count(await _body(service, scope, receive))
+    call = parse_count(await body_of(service, scope, receive))
     async with service.models.use(call.model) as session:
         prompt = await _prompt(session, call)
     await _json(reply, {"input_tokens": len(prompt.tokens)})
-
-
-async def _body(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:
-    settings = service.settings
-    return await read_object(scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
 
 
 async def _prompt(session: Session, call: Conversation) -> Prompt:
@@ -135,6 +124,7 @@ async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer, reply: 
 
 
 async def _stream(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
+    reply.stream_headers["request-id"] = _number()
     async with aclosing(paced(events, PING_S)) as told:
         async for item in told:
             if not reply.streaming:
@@ -185,11 +175,12 @@ _CLIENT = Claim("Anthropic", headers=("anthropic-version", "x-api-key"))
 ANTHROPIC = Dialect(
     "anthropic",
     (
-        ("POST", "/v1/messages", _numbered(messages)),
-        ("POST", "/v1/messages/count_tokens", _numbered(count_tokens)),
-        ("GET", "/v1/models", _numbered(models)),
-        ("GET", "/v1/models/{model:path}", _numbered(model)),
+        ("POST", "/v1/messages", messages),
+        ("POST", "/v1/messages/count_tokens", count_tokens),
+        ("GET", "/v1/models", models),
+        ("GET", "/v1/models/{model:path}", model),
     ),
+    ANTHROPIC_ERRORS,
     claims={"/v1/models": _CLIENT, "/v1/models/{model:path}": _CLIENT},
     schemas={"/v1/messages": MESSAGES_SCHEMA, "/v1/messages/count_tokens": COUNT_SCHEMA},
 )

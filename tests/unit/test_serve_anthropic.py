@@ -12,7 +12,8 @@ from septet.engine.messages import Update
 from septet.request import FinishReason
 from septet.serve import anthropic
 from septet.serve.app import Service, Settings, create_app
-from tests.fakes import FakeClient
+from septet.serve.keys import Keys
+from tests.fakes import FakeClient, session
 from tests.unit.test_parsers_chat import CALL, SCHEMA, NativeTemplate, Teachable, made
 from tests.unit.test_serve_openai import app_of, ask
 
@@ -266,7 +267,15 @@ def test_errors_have_their_shape() -> None:
     response = post({**HI, "model": "gpt"})
     body = response.json()
     assert (response.status_code, body["type"], body["error"]["type"]) == (404, "error", "not_found_error")
-    assert body["request_id"] == response.headers["request-id"]
+    assert body["request_id"] == response.headers["request-id"] == "req_" + response.headers["x-request-id"]
+
+
+def test_a_missing_key_is_told_in_the_same_shape() -> None:
+    key = "k" * 16
+    app = create_app(Service(session(), Settings(), Keys.load(plain=[key])))
+    refused = ask(app, "POST", PATH, json=HI, headers=CLIENT)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+    assert ask(app, "POST", PATH, json=HI, headers={**CLIENT, "x-api-key": key}).status_code == 200
 
 
 def test_an_error_within_a_stream_is_its_last_event() -> None:
