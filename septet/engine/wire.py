@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,6 +39,7 @@ __all__ = [
 
 MAX_FRAME = 128 << 20  # bytes: the log-probabilities of a long prompt fit; nothing sane is larger
 READ_SIZE = 1 << 20  # bytes per read
+BURST_S = 0.002  # seconds that the engine waits for the rest of a frame
 SEND_BUFFER = 4 << 20  # bytes the kernel may hold while the other end is busy
 
 Message = EngineConfig | Submit | Teach | Abort | StatsRequest | Shutdown | EngineInfo | Update | StatsReply | Fatal
@@ -184,7 +186,18 @@ class BlockingEnd:
         os.close(self._wake_write)
 
     def _read(self) -> list[Message]:
-        """All that lies in the socket's buffer, up to one `READ_SIZE` of it."""
+        """All that lies in the socket's buffer, up to one `READ_SIZE` of it; then the rest of a frame under way, if it
+        comes within BURST_S: requests that were sent together should start together."""
+        messages = self._read_once()
+        end = time.monotonic() + BURST_S
+        while self._reader.partial and (left := end - time.monotonic()) > 0:
+            if any(fd != self._wake_read for fd, _ in self._poll.poll(1000 * left)):
+                messages += self._read_once()
+            else:
+                break
+        return messages
+
+    def _read_once(self) -> list[Message]:
         try:
             data = self._sock.recv(READ_SIZE, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -215,14 +228,27 @@ class AsyncEnd(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._error: SeptetError | None = None
+        self._gathered: list[bytes] = []
 
     def send(self, frames: bytes) -> None:
-        """Queue whole frames (of `encode`). Dropped if the connection is lost: `on_lost` has told or will tell."""
+        """Queue whole frames (of `encode`). Dropped if the connection is lost: `on_lost` has told or will tell.
+
+        What is queued in one pass of the event loop travels at once, so that requests made together arrive together.
+        """
+        if self._transport is not None and not self._transport.is_closing():
+            if not self._gathered:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._gathered.append(frames)
+
+    def _flush(self) -> None:
+        frames, self._gathered = b"".join(self._gathered), []
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frames)
 
     async def drain(self) -> None:
         """Wait until the other end has read enough for more to be queued."""
+        if self._gathered:
+            await asyncio.sleep(0)
         await self._writable.wait()
 
     def close(self) -> None:
