@@ -5,6 +5,7 @@ Fields are checked by `anthropic_call.py`, answers shaped by `anthropic_shape.py
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -20,15 +21,15 @@ from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import error_body, headers_of, status_of
 from septet.serve.generation import generate
 from septet.serve.models import not_found
-from septet.serve.pace import paced
 from septet.serve.sse import Reply, until_gone
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterable
 
     from starlette.types import Receive, Scope
 
     from septet.serve.anthropic_call import Conversation, MessagesCall
+    from septet.serve.anthropic_shape import StreamEvent
     from septet.serve.app import Service
     from septet.serve.generation import Numbered
     from septet.serve.models import ModelCard
@@ -125,17 +126,41 @@ async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer, reply: 
 
 async def _stream(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
     reply.stream_headers["request-id"] = _number()
-    async with aclosing(paced(events, PING_S)) as told:
-        async for item in told:
-            if not reply.streaming:
-                await reply.event(answer.start(), "message_start")
-                await reply.event({"type": "ping"}, "ping")
-            elif item is None:
-                await reply.event({"type": "ping"}, "ping")
-            if item is not None:
-                for part in answer.feed(item[1]):
-                    await reply.event(part, part["type"])
+    teller = _Teller(answer, reply)
+    pings = asyncio.create_task(teller.ping())
+    try:
+        async for _, event in events:
+            await teller.tell(answer.feed(event))
+    finally:
+        pings.cancel()
+        await asyncio.gather(pings, return_exceptions=True)
     await reply.end()
+
+
+class _Teller:
+    """The two who write one stream: the answer, and the pings of its silences."""
+
+    def __init__(self, answer: Answer, reply: Reply) -> None:
+        self._answer = answer
+        self._reply = reply
+        self._writing = asyncio.Lock()
+        self._quiet = True  # since the last look
+
+    async def tell(self, parts: Iterable[StreamEvent]) -> None:
+        self._quiet = False
+        async with self._writing:
+            if not self._reply.streaming:
+                await self._reply.event(self._answer.start(), "message_start")
+                await self._reply.event({"type": "ping"}, "ping")
+            for part in parts:
+                await self._reply.event(part, part["type"])
+
+    async def ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            if self._quiet:
+                await self.tell([{"type": "ping"}] if self._reply.streaming else [])
+            self._quiet = True
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from septet.session.events import Event, Usage
     from septet.session.session import Prompt
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "StreamEvent"]
 
 StreamEvent = dict[str, Any]  # its "type" is its name
 

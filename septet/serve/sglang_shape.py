@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Output"]
 
 LOWEST = -9999.0  # JSON has no infinity
-GROWTH = 256
+GROWTH = 128
 """A part is told once the output has grown by one in so many: what is told again each time stays bounded."""
 
 

@@ -6,6 +6,7 @@ metrics are the server's own, the OpenAI routes are OpenAI's.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,6 @@ from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import HttpError, error_body, headers_of
 from septet.serve.fields import CHAT, MESSAGES, schema_of
 from septet.serve.generation import generate
-from septet.serve.pace import paced
 from septet.serve.sse import until_gone
 from septet.serve.tgi_call import GENERATE_SCHEMA, MAX_BEST_OF, parse_generate
 from septet.serve.tgi_shape import Answer, simple_tokens
@@ -136,17 +136,34 @@ async def _answer(service: Service, call: GenerateCall, reply: Reply, *, in_arra
 
 
 async def _stream(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:
-    """The end comes in the same moment as the last token: a token after which nothing waits is not the last."""
-    sequence = answer.sequences[0]
-    async with aclosing(paced(events, 0, again=False)) as told:
-        async for item in told:
-            if item is not None:
-                sequence.feed(item[1])
-            if item is None or sequence.finished is not None:
-                for event in answer.tokens():
-                    await reply.event(event)
-    await reply.event(answer.last())
+    """The end comes in the same moment as the last token: a token behind which the events pause is not the last."""
+    writing, fed = asyncio.Lock(), asyncio.Event()
+    teller = asyncio.create_task(_tell(answer, reply, writing, fed))
+    try:
+        async for _, event in events:
+            async with writing:
+                answer.sequences[0].feed(event)
+            fed.set()
+            if teller.done():  # nobody reads
+                teller.result()
+        async with writing:  # not in the middle of an event
+            teller.cancel()
+    finally:
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
+    for told in (*answer.tokens(), answer.last()):
+        await reply.event(told)
     await reply.end()
+
+
+async def _tell(answer: Answer, reply: Reply, writing: asyncio.Lock, fed: asyncio.Event) -> None:
+    """Runs when the events pause, and tells what has come."""
+    while True:
+        await fed.wait()
+        fed.clear()
+        async with writing:
+            for told in answer.tokens():
+                await reply.event(told)
 
 
 async def _prompt(session: Session, call: GenerateCall) -> Prompt:

@@ -120,9 +120,9 @@ class Answer:
         """Events of the tokens that are sure not to be the last, or of all once the sequence has finished."""
         sequence = self.sequences[0]
         until = len(sequence.tokens) if sequence.finished is None else len(sequence.tokens) - 1
-        for i in range(self._told, until):
-            yield self._event(i)
-        self._told = max(self._told, until)
+        while self._told < until:
+            self._told += 1
+            yield self._event(self._told - 1)
 
     def last(self) -> dict[str, Any]:
         sequence = self.sequences[0]
@@ -131,7 +131,7 @@ class Answer:
         if self.call.details:
             ended = {"finish_reason": finish_reason(sequence.finished), "generated_tokens": sequence.n_tokens}
             told["details"] = ended | {"seed": self._seed(0), "input_length": self.n_prompt}
-        return self._event(len(sequence.tokens) - 1) | told
+        return self._event(self._told if self._told < len(sequence.tokens) else -1) | told
 
     def _event(self, i: int) -> dict[str, Any]:
         sequence = self.sequences[0]
