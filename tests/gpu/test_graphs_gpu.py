@@ -26,6 +26,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 assert oracle  # the fixture
 
 
+@pytest.fixture(autouse=True)
+def only_the_first_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured at the start leaves something to capture later."""
+    monkeypatch.setattr("septet.engine.graphs.EAGER_S", 0.0)
+
+
 def graphs_of(engine: Engine) -> StepGraphs:
     graphs = engine.executor.runner.graphs  # type: ignore[attr-defined]
     assert graphs is not None
