@@ -22,6 +22,7 @@ SEPTET_API void* septet_pool_create(int threads, int pin) {
   }
 }
 SEPTET_API void septet_pool_release(void* pool) { delete static_cast<Pool*>(pool); }
+SEPTET_API int septet_pool_active(const void* pool) { return static_cast<const Pool*>(pool)->active(); }
 SEPTET_API int septet_pool_pin_caller(void* pool) { return static_cast<Pool*>(pool)->pin_caller(); }
 
 SEPTET_API void* septet_arena_create() { return arena_create(); }
@@ -55,12 +56,12 @@ SEPTET_API int septet_linear(void* pool, const void* packed, const float* x, int
   }
   threads.parallel([&](int thread) {
     if (!is_dense(w)) {
-      const Range tokens = share(t, thread, threads.size());
+      const Range tokens = share(t, thread, threads.active());
       QuantInput mine = qx;
       quantize_rows(x, ldx, w.k, tokens.first, tokens.last, mine);
       threads.barrier(thread);
     }
-    const Range part = share(groups(w), thread, threads.size());
+    const Range part = share(groups(w), thread, threads.active());
     linear_part(w, qx, x, ldx, t, part.first, part.last, y, ldy, bias);
   });
   free(memory);

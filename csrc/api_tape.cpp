@@ -56,7 +56,7 @@ SEPTET_API int septet_argmax(void* pool, int path, const float* logits, int64_t 
   if (!kernels) return -1;
   Pool& threads = *static_cast<Pool*>(pool);
   threads.parallel([&](int thread) {
-    const Range rows = share(count, thread, threads.size());
+    const Range rows = share(count, thread, threads.active());
     for (int64_t r = rows.first; r < rows.last; r++) out[r] = kernels->argmax(logits + r * ld, n);
   });
   return 0;
@@ -69,7 +69,7 @@ SEPTET_API int septet_gumbel(void* pool, int path, const float* logits, int64_t 
   if (!kernels) return -1;
   Pool& threads = *static_cast<Pool*>(pool);
   threads.parallel([&](int thread) {
-    const Range rows = share(count, thread, threads.size());
+    const Range rows = share(count, thread, threads.active());
     for (int64_t r = rows.first; r < rows.last; r++)
       out[r] = kernels->gumbel_argmax(logits + r * ld, n, temperature[r], seeds[r], positions[r]);
   });
@@ -86,7 +86,7 @@ SEPTET_API int septet_filter(void* pool, int path, const float* logits, int64_t 
     std::vector<SamplingScratch> scratch(static_cast<size_t>(threads.size()));
     for (SamplingScratch& mine : scratch) mine.fit(n);
     threads.parallel([&](int thread) {
-      const Range rows = share(count, thread, threads.size());
+      const Range rows = share(count, thread, threads.active());
       for (int64_t r = rows.first; r < rows.last; r++) {
         const float* from = logits + r * n;
         float* to = out + r * n;

@@ -162,7 +162,7 @@ Packed* pack(Arena* arena, Pool* pool, const uint8_t* rows, int64_t n, int64_t k
       pack_group(static_cast<Kind>(kind), form, data + g * stride, rows + g * GROUP * row_bytes(static_cast<Kind>(kind), k), left < GROUP ? left : GROUP, k);
     }
   };
-  if (pool) pool->parallel([&](int thread) { part(thread, pool->size()); });
+  if (pool) pool->parallel([&](int thread) { part(thread, pool->active()); });
   else part(0, 1);
   return packed;
 }

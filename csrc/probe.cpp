@@ -50,7 +50,7 @@ SEPTET_API double septet_probe_bandwidth(void* pool_handle, int64_t bytes, int r
   for (int i = 0; memory && i < repeats; i++) {
     const double start = now();
     pool.parallel([&](int thread) {
-      const Range mine = share(memory->bytes / 8, thread, pool.size());
+      const Range mine = share(memory->bytes / 8, thread, pool.active());
       sums[static_cast<size_t>(thread) * 8] += read_all(reinterpret_cast<const uint64_t*>(memory->data) + mine.first, mine.last - mine.first);
     });
     seconds.push_back(now() - start);
@@ -78,7 +78,7 @@ SEPTET_API double septet_bench_linear(void* pool_handle, const void* const* pack
     pool.parallel([&](int thread) {
       for (int j = 0; j < count; j++) {
         const Packed& w = *static_cast<const Packed*>(packed[j]);
-        const Range mine = share(groups(w), thread, pool.size());
+        const Range mine = share(groups(w), thread, pool.active());
         linear_part(w, qx, x, w.k, t, mine.first, mine.last, y, w.n, nullptr);
         pool.barrier(thread);
       }

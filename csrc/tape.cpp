@@ -131,7 +131,7 @@ int Tape::decode(const Decode& rows) {
 }
 
 void Tape::choose_tokens(const Decode& rows, int thread) {
-  const Range mine = share(rows.n, thread, pool_.size());
+  const Range mine = share(rows.n, thread, pool_.active());
   for (int64_t i = mine.first; i < mine.last; i++) {
     const int64_t r = rows.row[i], next = rows.start[i] + 1;
     const Sampling how{rows.temperature[r], rows.top_k[r], rows.top_p[r], rows.min_p[r], rows.seed[r], next};
@@ -266,7 +266,7 @@ void Tape::execute_phase(const Step& step, int64_t i, int thread) {
   } else if (phase.work == Work::none) {
     if (phase.op_count) {
       const Domain domain = registers_[ops_[phase.first_op].out].domain;
-      row_operations(step, phase, share(rows_in(domain), thread, pool_.size()), thread);
+      row_operations(step, phase, share(rows_in(domain), thread, pool_.active()), thread);
     }
   } else {
     products(step, phase, thread);
@@ -320,7 +320,7 @@ void Tape::products(const Step& step, const Phase& phase, int thread) {
   const int64_t n = rows_in(input.domain);
   if (n == 0) return;
   const bool scarce = n <= FEW;
-  const Range rows = scarce ? Range{0, n} : share(n, thread, pool_.size());
+  const Range rows = scarce ? Range{0, n} : share(n, thread, pool_.active());
   row_operations(step, phase, rows, thread);
   const float* x = row_of(phase.input, 0, thread);
   QuantInput qx{};
@@ -336,7 +336,7 @@ void Tape::products(const Step& step, const Phase& phase, int thread) {
   float* y = row_of(phase.output, 0, thread);
   int64_t count = 0;  // groups of all products: threads share them as if they were one weight
   for (int i = 0; i < phase.product_count; i++) count += products_[phase.first_product + i].g1 - products_[phase.first_product + i].g0;
-  Range mine = share(count, thread, pool_.size());
+  Range mine = share(count, thread, pool_.active());
   for (int i = 0; i < phase.product_count; i++) {
     const Product& p = products_[phase.first_product + i];
     const int64_t here = p.g1 - p.g0, first = std::min(mine.first, here), last = std::min(mine.last, here);
@@ -354,7 +354,7 @@ void Tape::products(const Step& step, const Phase& phase, int thread) {
 void Tape::gated(const Phase& phase, const QuantInput& qx, const float* x, int64_t ldx, int64_t n, int thread) {
   const Product& gate = products_[phase.first_product];
   const Product& up = products_[phase.first_product + 1];
-  const Range mine = share(gate.g1 - gate.g0, thread, pool_.size());
+  const Range mine = share(gate.g1 - gate.g0, thread, pool_.active());
   const int64_t step = n <= FEW ? mine.last - mine.first : GATED_GROUPS;
   float* scratch = reinterpret_cast<float*>(scratch_[thread].at);
   for (int64_t g = mine.first; g < mine.last; g += step) {
@@ -404,7 +404,7 @@ void Tape::attention(const Step& step, int64_t phase, int thread) {
   const Attention& a = attentions_[phases_[phase].attention];
   char* scratch = scratch_[thread].at;
   if (!decode_) {
-    const Range mine = share(tokens_, thread, pool_.size());
+    const Range mine = share(tokens_, thread, pool_.active());
     for (int64_t token = mine.first; token < mine.last; token++) rotate_token(step, a, token, scratch);
     pool_.barrier(thread);
   }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from septet.geometry import BLOCKS
 from septet.kernels import ggml
 from septet.kernels.native.library import FILE, Library, NativeUnavailable, Pool, choose_path, load
 from septet.kernels.native.pack import KINDS, PackedMatrix, Packer
+from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,6 +260,21 @@ def test_pool_with_more_threads_than_cpus(library: Library, threads: int) -> Non
         assert not caller.is_alive()
     pool.close()
     assert results == [True] * 3
+
+
+def test_threads_without_a_cpu_are_left_out(library: Library) -> None:
+    """More threads than CPUs stand in each other's way: the pool goes on with fewer, and the result stays."""
+    threads = 3 * usable_cpus() + 2
+    pool = Pool(library, threads)
+    packed, _ = make(Packer(library, pool), "Q4_0", 2000, 256, torch.Generator().manual_seed(8))
+    x = torch.randn(3, 256)
+    want = packed.linear(Pool(library, 1), x)
+    fewest, until = threads, time.monotonic() + 20
+    while fewest > threads // 2 and time.monotonic() < until:
+        assert torch.equal(packed.linear(pool, x), want)
+        fewest = min(fewest, pool.active)
+    assert fewest <= threads // 2
+    pool.close()
 
 
 def test_self_check_ends_with_its_verdict(

@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "septet_has_bf16": (c_int, []),
     "septet_pool_create": (c_void_p, [c_int, c_int]),
     "septet_pool_release": (None, [c_void_p]),
+    "septet_pool_active": (c_int, [c_void_p]),
     "septet_pool_pin_caller": (c_int, [c_void_p]),
     "septet_arena_create": (c_void_p, []),
     "septet_arena_release": (None, [c_void_p]),
@@ -125,6 +126,11 @@ class Pool:
     def pin_caller(self) -> bool:
         """Keep the calling thread on the first CPU; for a thread that does little else than compute."""
         return bool(self.library.septet_pool_pin_caller(self.handle))
+
+    @property
+    def active(self) -> int:
+        """Threads of the last call: fewer than `threads` while other programs take the CPUs from some of them."""
+        return int(self.library.septet_pool_active(self.handle))
 
     def close(self) -> None:
         """End the workers. The pool is of no use after that."""
