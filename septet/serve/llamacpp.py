@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLAMACPP"]
 
+MAX_LISTED = 2**17  # tokens of one /tokenize with pieces: each becomes an object
 MAX_INPUTS = 2048  # of one request for embeddings
 _KINDS = {
     400: "invalid_request_error",
@@ -193,8 +194,16 @@ async def tokenize(service: Service, scope: Scope, receive: Receive, reply: Repl
             ids = await session.token_ids(text, add_special_tokens=special)
         else:
             ids = await asyncio.to_thread(session.tokenizer.encode, text, special, False)
-        found = [{"id": i, "piece": _piece(session.tokenizer.token_bytes(i))} for i in ids] if pieces else ids
-    await reply.json({"tokens": found})
+        if pieces:
+            await reply.json({"tokens": await asyncio.to_thread(_pieces, session, ids)})
+        else:
+            await reply.json({"tokens": ids})
+
+
+def _pieces(session: Session, ids: Sequence[int]) -> list[dict[str, Any]]:
+    if len(ids) > MAX_LISTED:
+        raise InvalidRequest(f"content has {len(ids)} tokens; pieces are told of {MAX_LISTED} at most", param="content")
+    return [{"id": i, "piece": _piece(session.tokenizer.token_bytes(i))} for i in ids]
 
 
 def _piece(raw: bytes) -> str | list[int]:

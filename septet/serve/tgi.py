@@ -26,7 +26,7 @@ from septet.serve.tgi_call import GENERATE_SCHEMA, MAX_BEST_OF, parse_generate
 from septet.serve.tgi_shape import Answer, simple_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Sequence
 
     from starlette.types import Receive, Scope
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from septet.session.session import Prompt, Session
 
 __all__ = ["TGI"]
+
+MAX_LISTED = 2**17  # tokens of one /tokenize: each becomes an object
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ async def tokenize(service: Service, scope: Scope, receive: Receive, reply: Repl
     call = parse_generate(await body_of(service, scope, receive), stream=False)
     async with service.models.use(call.model) as session:
         ids = await session.token_ids(call.inputs)
-        await reply.json(_simple(session, call.inputs, ids))
+        await reply.json(await asyncio.to_thread(_simple, session, call.inputs, ids))
 
 
 async def chat_tokenize(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -227,10 +229,13 @@ async def chat_tokenize(service: Service, scope: Scope, receive: Receive, reply:
         tools = call.reading.tools.tools if call.reading.tools.mode != "none" else ()
         prompt = await session.chat_prompt(call.messages, tools=tools, **call.template_options)
         text = prompt.text or ""
-        await reply.json({"tokenize_response": _simple(session, text, prompt.tokens), "templated_text": text})
+        tokens = await asyncio.to_thread(_simple, session, text, prompt.tokens)
+        await reply.json({"tokenize_response": tokens, "templated_text": text})
 
 
-def _simple(session: Session, text: str, ids: Any) -> list[dict[str, Any]]:
+def _simple(session: Session, text: str, ids: Sequence[int]) -> list[dict[str, Any]]:
+    if len(ids) > MAX_LISTED:
+        raise InvalidRequest(f"`inputs` has {len(ids)} tokens; at most {MAX_LISTED} are listed", param="inputs")
     return simple_tokens(text, [(token, session.tokenizer.token_bytes(token)) for token in ids])
 
 

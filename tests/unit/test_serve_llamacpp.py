@@ -221,6 +221,8 @@ def test_bodies_that_are_none(path: str, body: bytes, kind: str, status: int) ->
     assert "error" in response.json()
 
 
-def test_embedding_is_bounded() -> None:
+def test_lists_of_tokens_and_vectors_are_bounded() -> None:
+    assert post({"content": "x" * 200_000, "with_pieces": True}, path="/tokenize").status_code == 400
+    assert len(post({"content": "x" * 1000}, path="/tokenize").json()["tokens"]) == 1000
     for body in ({"content": ["a"] * 5000}, {"content": []}, {"content": 5}, {"content": "a", "embd_normalize": 1}):
         assert post(body, path="/embedding").status_code == 400

@@ -179,6 +179,31 @@ def test_tokens() -> None:
     assert framed == [{"id": 1, "text": "", "start": 0, "stop": 0}, {"id": 2, "text": "hi", "start": 0, "stop": 2}]
 
 
+def test_a_list_of_tokens_is_bounded() -> None:
+    response = post("/tokenize", {"inputs": "x" * 200_000})
+    assert (response.status_code, response.json()["error_type"]) == (422, "validation")
+    assert len(post("/tokenize", {"inputs": "x" * 1000}).json()) == 1000, "it need not fit the context"
+
+
+def test_a_slow_reader_gets_every_token_once() -> None:
+    sent: list[bytes] = []
+    body = [{"type": "http.request", "body": b'{"inputs": "hi"}', "more_body": False}]
+
+    async def receive() -> Any:
+        return body.pop() if body else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0.002)
+        sent.append(message.get("body", b""))
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": STREAM, "headers": headers, "query_string": b""}
+    asyncio.run(app_of(FakeClient("abcdefghij"))(scope, receive, send))
+    events = [json.loads(part[6:]) for part in b"".join(sent).split(b"\n\n")[:-1]]
+    assert [e["index"] for e in events] == list(range(1, 11))
+    assert "".join(e["token"]["text"] for e in events) == events[-1]["generated_text"] == "abcdefghij"
+
+
 def test_vllms_tokenize_is_still_there() -> None:
     assert post("/tokenize", {"prompt": "hi"}).json()["tokens"] == [104, 105]
 
