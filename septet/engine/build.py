@@ -99,7 +99,8 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         load_s=phases.seconds,
         choices=choices,
     )
-    return LocalExecutor(runner, depth=2 if overlap else 1), info
+    executor = LocalExecutor(runner, 2 if overlap else 1, rehearsal.cancel if rehearsal is not None else lambda: None)
+    return executor, info
 
 
 def _overlap_words(config: EngineConfig, overlap: bool, device: torch.device) -> Choice:

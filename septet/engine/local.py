@@ -10,6 +10,8 @@ import torch
 from septet.errors import OutOfMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from septet.engine.drawn import DrawnStep
     from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
@@ -23,9 +25,10 @@ log = logging.getLogger(__name__)
 class LocalExecutor:
     """`executor.Executor` over one `Runner`. `depth` 2 overlaps scheduling with an asynchronous device."""
 
-    def __init__(self, runner: Runner, depth: int) -> None:
+    def __init__(self, runner: Runner, depth: int, on_close: Callable[[], None] = lambda: None) -> None:
         self.runner = runner
         self.depth = depth
+        self._on_close = on_close
 
     def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
         """Where memory runs out: once more without what the allocator keeps. OutOfMemory if that does not help."""
@@ -54,4 +57,5 @@ class LocalExecutor:
         return graphs is not None and graphs.spare(busy)
 
     def close(self) -> None:
+        self._on_close()
         self.runner.graphs = None

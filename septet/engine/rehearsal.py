@@ -12,8 +12,9 @@ import hashlib
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,7 @@ from septet.quant.none import Dense
 from septet.quant.scheme import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from concurrent.futures import Future
+    from collections.abc import Container, Iterator, Sequence
 
     from torch import Tensor
 
@@ -72,36 +72,70 @@ def kernel_directory(card: str) -> Path | None:
 
 
 class Rehearsal:
-    """At work from the constructor on; `finish` waits. With a `directory` in which the same rehearsal has ended once,
-    there is nothing to do: the kernels are read from there when they are launched."""
+    """At work from the constructor on; `finish` waits for what the first steps need, the rest goes on behind traffic.
+    With a `directory` in which the same rehearsal has ended once, there is nothing to do: the kernels are read from
+    there when they are launched."""
 
     def __init__(
         self, config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, directory: Path | None
     ) -> None:
         self._stamp = directory / f"rehearsed-{_digest(config, dtype, shapes)}" if directory else None
-        self._needed: Future[list[Future[Any]]] | None = None
-        self._pool = ThreadPoolExecutor(min(usable_cpus(), MAX_THREADS), thread_name_prefix="kernels")
+        self._cancelled = False
+        self._known: list[str] = []
+        self._first: Future[list[Future[bool]]] | None = None
+        self._later: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(max(2, min(usable_cpus(), MAX_THREADS)), thread_name_prefix="kernels")
         if self._stamp is None or not self._stamp.exists():
-            self._needed = self._pool.submit(self._begin, config, ops, dtype, shapes)
+            prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
+            first, later = [*shapes.first(), *prompts], [s for s in shapes.usual() if s not in shapes.first()]
+            self._first = self._pool.submit(self._compile, config, ops, dtype, shapes, first, {})
+            self._later = self._pool.submit(self._finish_later, config, ops, dtype, shapes, later)
 
-    def _begin(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes) -> list[Future[Any]]:
-        needed = needed_kernels(config, ops, dtype, shapes)
-        return [self._pool.submit(kernel.preload, data) for kernel, data in needed]
+    def _compile(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        dtype: torch.dtype,
+        shapes: Shapes,
+        steps: Sequence[Shape],
+        known: Container[str],
+    ) -> list[Future[bool]]:
+        """Start compiling what these steps need beside what is `known`."""
+        needed = needed_kernels(config, ops, dtype, shapes, steps)
+        self._known = [data for _, data in needed]
+        return [self._pool.submit(self._preload, kernel, data) for kernel, data in needed if data not in known]
 
-    def finish(self) -> int:
-        """-> kernels that were compiled. One that could not be is left to its first launch."""
-        ready = 0
+    def _preload(self, kernel: Any, data: str) -> bool:
+        if not self._cancelled:
+            kernel.preload(data)
+        return not self._cancelled
+
+    def _finish_later(
+        self, config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, steps: Sequence[Shape]
+    ) -> None:
+        """After the first steps' kernels: those of the steps that are captured behind traffic, then the stamp."""
+        assert self._first is not None
         try:
-            compiling = self._needed.result() if self._needed is not None else []
-            for future in compiling:
-                future.result()
-                ready += 1
-            if self._stamp is not None and compiling:
+            first = self._first.result()
+            later = self._compile(config, ops, dtype, shapes, steps, {*self._known})
+            whole = all(map(Future.result, (*first, *later)))
+            if self._stamp is not None and whole:
                 self._stamp.touch()
         except Exception as error:
             log.warning("not all kernels could be compiled ahead: %s: %s", type(error).__name__, error)
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False)
+
+    def finish(self) -> int:
+        """-> kernels that were compiled for the first steps. One that could not be is left to its first launch."""
+        ready = 0
+        with suppress(Exception):  # told by `_finish_later`
+            for future in self._first.result() if self._first is not None else []:
+                ready += future.result()
         return ready
+
+    def cancel(self) -> None:
+        """Nobody needs the rest any more."""
+        self._cancelled = True
 
 
 def _digest(*what: object) -> str:
@@ -113,22 +147,23 @@ def _digest(*what: object) -> str:
 
 
 @torch.inference_mode()
-def needed_kernels(config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes) -> list[tuple[Any, str]]:
-    """[(Triton function, what to compile it for)] of the first captured steps and of usual prompts, each once."""
+def needed_kernels(
+    config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, steps: Sequence[Shape]
+) -> list[tuple[Any, str]]:
+    """[(Triton function, what to compile it for)] of these steps, each once."""
     windows = config.windows
     n_layers = max(windows.index(window) for window in set(windows)) + 1
     config = replace(config, num_layers=n_layers, layer_windows=windows[:n_layers] if config.layer_windows else ())
+    ops = copy(ops)  # what it keeps between calls must not mix with the engine's
     model = load_model(Build(config, ops, _Hollow(config, dtype), META, dtype, max_len=64))
     rows = Rows(shapes.max_rows, shapes.max_len, META)
     kv_shape = (1 << 16, config.num_kv_heads, config.head_dim)
     pool = [LayerKV(torch.empty(kv_shape, dtype=dtype, device=META), torch.empty(kv_shape, dtype=dtype, device=META))]
-    prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
-    every = [*shapes.first(), *prompts]
-    inputs = torch.empty(max(map(input_length, every)), dtype=torch.int64, device=META)
-    tokens = torch.empty(max(shape.rows for shape in every), dtype=torch.int64, device=META)
+    inputs = torch.empty(max(map(input_length, steps)), dtype=torch.int64, device=META)
+    tokens = torch.empty(max(shape.rows for shape in steps), dtype=torch.int64, device=META)
     machine = Machine(model, ops, pool * n_layers, rows, inputs, tokens, MaskBuffers(len(tokens), META))
     with _noted() as notes:
-        for shape in every:
+        for shape in steps:
             step = static_step(machine, shape)
             step.forward()
             step.draw()
