@@ -18,6 +18,18 @@ from tests.unit.test_serve_openai import app_of, ask
 if TYPE_CHECKING:
     import httpx
 
+
+class Lingering(FakeClient):
+    """Takes a moment to leave, in which a writer may begin."""
+
+    async def generate(self, request: Any) -> Any:
+        try:
+            async for update in super().generate(request):
+                yield update
+        finally:
+            await asyncio.sleep(0.001)
+
+
 WHOLE, STREAM, EITHER = "/generate", "/generate_stream", "/"
 
 
@@ -198,7 +210,9 @@ def test_a_slow_reader_gets_every_token_once() -> None:
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": STREAM, "headers": headers, "query_string": b""}
-    asyncio.run(app_of(FakeClient("abcdefghij"))(scope, receive, send))
+    client = Lingering("abcdefghij")
+    client.chunk = 4
+    asyncio.run(app_of(client)(scope, receive, send))
     events = [json.loads(part[6:]) for part in b"".join(sent).split(b"\n\n")[:-1]]
     assert [e["index"] for e in events] == list(range(1, 11))
     assert "".join(e["token"]["text"] for e in events) == events[-1]["generated_text"] == "abcdefghij"
