@@ -6,7 +6,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || e
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup dev demo serve check format test test-slow test-gpu bench-engine bench-cpu bench-http clean
+.PHONY: help setup dev demo serve check format test test-slow test-gpu bench-engine bench-cpu bench-http bench-gpu bench-cold clean
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -74,6 +74,12 @@ bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU,
 
 bench-http: setup  ## what the HTTP server costs at 1, 8 and 32 streaming clients
 	@$(BIN)/python -m septet.bench.http_load --json benchmarks/results/cpu/http.json
+
+bench-gpu:  ## the GPU workloads on this machine, with the Python that is there (PYTHON=...), beside vLLM (VLLM_PATH=...)
+	@$(PYTHON) -m septet.bench.gpu_table --full --vllm-path "$(VLLM_PATH)"
+
+bench-cold:  ## start to first token of the 8B shape on this machine's GPU; its random checkpoint goes to DIR
+	@$(PYTHON) -m septet.bench.cold_start --shape 8b --dir "$(or $(DIR),/tmp/septet-cold)" --json benchmarks/results/h100/cold_start.json
 
 bench-structured: setup .venv-peers/.llama-cpp  ## constrained answers against free ones, beside llama.cpp's, at 1, 8 and 32 streams
 	@$(BIN)/python -m septet.bench.structured --kernels native --peer-python .venv-peers/bin/python
