@@ -50,7 +50,7 @@ def examine(model: str | None = None, probe: bool = True) -> dict[str, Any]:
     facts["libraries"] = libraries()
     facts["store"] = store()
     if model is not None:
-        facts["model"] = model_facts(model, facts["bandwidth"])
+        facts["model"] = model_facts(model, facts["bandwidth"] if facts["cpu_kernels"]["native"] else None)
     return facts
 
 
@@ -97,7 +97,10 @@ def store() -> dict[str, Any]:
 
 
 def model_facts(name: str, bandwidth: dict[str, Any] | None) -> dict[str, Any]:
-    """Bytes that one token reads, and with the probe the tokens per second to expect of one stream on the CPU."""
+    """Bytes that one token reads, and with the probe the tokens per second to expect of one stream on the CPU.
+
+    bandwidth None: not probed, or there are no native kernels that could use it.
+    """
     from septet.hub.catalog import find
     from septet.hub.pull import resolve
 
@@ -132,7 +135,7 @@ def _read_per_token(local: LocalModel) -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[str]:
     rows = [*_machine_rows(facts), *_software_rows(facts)]
     if "model" in facts:
-        rows += _model_rows(facts["model"], facts["bandwidth"])
+        rows += _model_rows(facts["model"], facts["cpu_kernels"]["native"])
     wide = max(len(title) for title, _ in rows)
     return [f"{title:<{wide}}  {''.join(c for c in words if c.isprintable())}" for title, words in rows]
 
@@ -175,7 +178,7 @@ def _software_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _model_rows(model: dict[str, Any], bandwidth: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _model_rows(model: dict[str, Any], native: bool) -> list[tuple[str, str]]:
     if "error" in model:
         return [("model", f"{model['name']} can't be run: {model['error']}")]
     if model["pulled"]:
@@ -185,7 +188,9 @@ def _model_rows(model: dict[str, Any], bandwidth: dict[str, Any] | None) -> list
     rows.append(
         ("reads", f"{model['n_bytes_read'] / 1e6:.1f} MB of weights a token" + (" or less" * (not model["pulled"])))
     )
-    if bandwidth is not None:
+    if not native:
+        rows.append(("expect", "no figure without native kernels: the reference takes several times as long"))
+    elif "expected_tokens_s" in model:
         basis = f"{model['share_of_bandwidth']:.0%} of the bandwidth above, one stream, short context"
         rows.append(("expect", f"{model['expected_tokens_s']:.0f} tokens/s on the CPU with native kernels ({basis})"))
     return rows

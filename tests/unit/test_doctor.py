@@ -54,6 +54,8 @@ def test_without_library_torch_or_model_it_says_what_is_missing(monkeypatch: pyt
     told = text("--no-probe")
     assert "reference (torch): the native CPU library was not built" in told
     assert "bandwidth" not in told
+    assert "expected_tokens_s" not in facts("smollm2")["model"]
+    assert "no figure without native kernels" in text("smollm2", "--no-probe")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
