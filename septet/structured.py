@@ -7,7 +7,7 @@ whether a grammar makes sense: that is `grammar/translate.py`'s business, in a p
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from septet.errors import InvalidRequest
@@ -33,13 +33,17 @@ class Structured:
                     "end"}], "triggers": [...]}; a trigger is the prefix of a `begin` from which on it is binding.
                     Optional: "at_least_one", "stop_after_first" (booleans)
 
-    `after`: the constraint begins behind this text, what comes before is free ("</think>", say).
+    `after`: the constraint begins behind this text, what comes before is free ("</think>", say). `opening`: only an
+    answer that begins with this text ("<think>") has such a free part, any other is bound from its start. `source`: the
+    field of a request that it came from, for errors; it makes no difference otherwise.
     Raises `InvalidRequest` for an unknown kind or a spec that is too large.
     """
 
     kind: str
     spec: str = ""
     after: str | None = None
+    opening: str | None = None
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -58,10 +62,13 @@ class Structured:
             )
         if (self.kind == "json_object") != (self.spec == ""):
             raise InvalidRequest(f"structured: {_words(self.kind)}", param="structured")
-        if self.after is not None and not _short_text(self.after):
-            raise InvalidRequest(
-                f"structured: after must be 1 to {MAX_AFTER_CHARS} ASCII characters", param="structured"
-            )
+        for name, text in (("after", self.after), ("opening", self.opening)):
+            if text is not None and not _short_text(text):
+                raise InvalidRequest(
+                    f"structured: {name} must be 1 to {MAX_AFTER_CHARS} ASCII characters", param="structured"
+                )
+        if self.opening is not None and self.after is None:
+            raise InvalidRequest("structured: an opening needs the text that ends it (after)", param="structured")
 
     @classmethod
     def json_schema(cls, schema: Any, *, after: str | None = None) -> Structured:
@@ -92,8 +99,11 @@ class Structured:
         return cls("choice", _dump("choice", options), after)
 
     @classmethod
-    def structural_tag(cls, value: Any, *, after: str | None = None) -> Structured:
-        return cls("structural_tag", value if isinstance(value, str) else _dump("structural_tag", value), after)
+    def structural_tag(
+        cls, value: Any, *, after: str | None = None, opening: str | None = None, source: str = ""
+    ) -> Structured:
+        spec = value if isinstance(value, str) else _dump("structural_tag", value)
+        return cls("structural_tag", spec, after, opening, source)
 
     @classmethod
     def of(cls, value: Any) -> Structured:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.grammar import limits
+from septet.grammar.forms import CallForm, lark_of_form
 from septet.grammar.regex import ascii_classes, check_regex
 from septet.grammar.schema import checked_schema
 
@@ -23,14 +24,17 @@ __all__ = ["forcing", "translate"]
 
 Grammar = dict[str, Any]  # {"json_schema": ...} or {"lark_grammar": ...}
 ANY_TEXT = r"/(.|\n)*/"
+_STRUCTURE = frozenset(("begin", "schema", "grammar", "end", "fallback", "form", "calls", "separator", "one"))
+ANY_OBJECT: Grammar = {"json_schema": {"type": "object"}}
 NO_FORCING = '%llguidance {"no_forcing": true}\n'  # each token of a fixed text is the model's choice, not the library's
 MAX_GRAMMAR_DEPTH = 256  # open brackets in an EBNF text
 
 
-def translate(structured: Structured, special: Mapping[str, int]) -> str:
-    """The library's JSON for a constraint. `special`: ids of control tokens by their text."""
-    body, named = _body(structured, special)
-    start = "start: @body\n" if structured.after is None else _after(structured.after, special)
+def translate(structured: Structured, special: Mapping[str, int], *, relaxed: bool = False) -> str:
+    """The library's JSON for a constraint. `special`: ids of control tokens by their text. `relaxed`: structures with a
+    `fallback` are any JSON object."""
+    body, named = _body(structured, special, relaxed)
+    start = "start: @body\n" if structured.after is None else _after(structured, structured.after, special)
     return json.dumps({"grammars": [{"lark_grammar": NO_FORCING + start}, {"name": "body", **body}, *named]})
 
 
@@ -41,7 +45,7 @@ def forcing(text: str) -> str:
     return json.dumps(value)
 
 
-def _body(structured: Structured, special: Mapping[str, int]) -> tuple[Grammar, list[Grammar]]:
+def _body(structured: Structured, special: Mapping[str, int], relaxed: bool) -> tuple[Grammar, list[Grammar]]:
     spec = structured.spec
     match structured.kind:
         case "json_schema":
@@ -55,7 +59,7 @@ def _body(structured: Structured, special: Mapping[str, int]) -> tuple[Grammar, 
         case "grammar":
             return {"lark_grammar": _ebnf(spec)}, []
         case _:
-            return _structural_tag(spec, special)
+            return _structural_tag(spec, special, relaxed)
 
 
 def _refuse(what: str) -> InvalidRequest:
@@ -101,41 +105,49 @@ def _ebnf(text: str) -> str:
         raise _refuse(f"grammar: this GBNF can't be read: {str(error)[:300]}") from None
 
 
-def _after(text: str, special: Mapping[str, int]) -> str:
-    """Free text up to and including `text`, then the grammar named body."""
-    if text in special:
-        return f"start: TEXT <[{special[text]}]> @body\nTEXT: {ANY_TEXT}\n"
-    return f"start: free @body\nfree[lazy]: TEXT {_text(text)}\nTEXT: {ANY_TEXT}\n"
+def _after(structured: Structured, text: str, special: Mapping[str, int]) -> str:
+    """Free text up to and including `text`, then the grammar named body; bound at once where it has an opening that
+    does not come."""
+    written = _piece(text, special)
+    lexeme = not written.startswith("<[")  # else a control token ends the text by itself
+    free = "free" if lexeme else f"TEXT {written}"
+    start = f"start: {free} @body\n"
+    if structured.opening is not None:
+        start = f"start: @body | {_piece(structured.opening, special)} {free} SPACE @body\nSPACE: /[ \\n]{{0,3}}/\n"
+    return start + (f"free[lazy]: TEXT {written}\n" if lexeme else "") + f"TEXT: {ANY_TEXT}\n"
 
 
 # -- structural tags --------------------------------------------------------------------------------------------------
-def _structural_tag(spec: str, special: Mapping[str, int]) -> tuple[Grammar, list[Grammar]]:
+def _structural_tag(spec: str, special: Mapping[str, int], relaxed: bool) -> tuple[Grammar, list[Grammar]]:
     """Free text; from a trigger on one of the structures that begin with it is binding, up to its end."""
     value = _json("structural_tag", spec)
-    known = {"type", "structures", "triggers", "at_least_one", "stop_after_first"}
+    known = {"type", "structures", "triggers", "at_least_one", "stop_after_first", "marks"}
     if not isinstance(value, dict) or not {"structures", "triggers"} <= set(value):
         raise _refuse("structural_tag: must be an object with structures and triggers")
     for name in set(value) - known:
         raise _refuse(f"structural_tag: unknown field {name[:80]!r}")
-    structures, triggers = value["structures"], value["triggers"]
-    for name, given in (("structures", structures), ("triggers", triggers)):
+    structures, triggers, marks = value["structures"], value["triggers"], value.get("marks", [""])
+    for name, given in (("structures", structures), ("triggers", triggers), ("marks", marks)):
         if not isinstance(given, list) or not 0 < len(given) <= limits.MAX_STRUCTURES:
             raise _refuse(f"structural_tag: {name} must be a list of 1 to {limits.MAX_STRUCTURES}")
-    if not all(isinstance(t, str) and t for t in triggers):
-        raise _refuse("structural_tag: triggers must be non-empty strings")
+    if not all(isinstance(t, str) and t for t in triggers) or not all(isinstance(m, str) for m in marks):
+        raise _refuse("structural_tag: triggers must be non-empty strings, marks strings")
     islands: dict[str, list[str]] = {trigger: [] for trigger in triggers}
-    named = []
+    named: list[Grammar] = []
     for i, structure in enumerate(structures):
-        trigger, rest, inner, end = _structure(structure, triggers, f"structural_tag: structures[{i}]")
-        named.append({"name": f"inner_{i}", **inner})
-        islands[trigger].append(f"{_piece(rest, special)} @inner_{i} {_piece(end, special)}")
+        where = f"structural_tag: structures[{i}]"
+        trigger, rest, body, end = _structure(structure, triggers, where, special, relaxed, named)
+        islands[trigger].append(f"{_piece(rest, special)} {body} {_piece(end, special)}")
     flags = [value.get(name) is True for name in ("at_least_one", "stop_after_first")]
-    return {"lark_grammar": _islands(islands, special, *flags)}, named
+    allowed = [special[mark] for mark in dict.fromkeys(marks) if mark in special and mark not in triggers]
+    return {"lark_grammar": _islands(islands, special, allowed, *flags)}, named
 
 
-def _structure(structure: Any, triggers: list[str], where: str) -> tuple[str, str, Grammar, str]:
-    """(its trigger, what of `begin` follows it, the grammar, `end`)."""
-    if not isinstance(structure, dict) or set(structure) - {"begin", "schema", "grammar", "end"}:
+def _structure(
+    structure: Any, triggers: list[str], where: str, special: Mapping[str, int], relaxed: bool, named: list[Grammar]
+) -> tuple[str, str, str, str]:
+    """(its trigger, what of `begin` follows it, the rule of its inside, `end`); grammars of it go to `named`."""
+    if not isinstance(structure, dict) or set(structure) - _STRUCTURE:
         raise _refuse(f"{where}: must be an object of begin, schema or grammar, and end")
     begin, end = structure.get("begin"), structure.get("end", "")
     if not isinstance(begin, str) or not isinstance(end, str):
@@ -143,21 +155,69 @@ def _structure(structure: Any, triggers: list[str], where: str) -> tuple[str, st
     trigger = next((t for t in sorted(triggers, key=len, reverse=True) if begin.startswith(t)), None)
     if trigger is None:
         raise _refuse(f"{where}: begin starts with none of the triggers")
-    if ("schema" in structure) == ("grammar" in structure):
+    if sum(name in structure for name in ("schema", "grammar", "calls")) != 1:
         raise _refuse(f"{where}: give a schema or a grammar")
+    if "calls" in structure:
+        return trigger, begin[len(trigger) :], _calls(structure, where, special, relaxed, named), end
     if "schema" in structure:
-        try:
-            schema = checked_schema(json.dumps(structure["schema"]))
-        except InvalidRequest as error:
-            raise _refuse(f"{where}: {error.message}") from None
-        return trigger, begin[len(trigger) :], {"json_schema": schema}, end
+        body = _named(named, _inner(structure, where, special, relaxed))
+        return trigger, begin[len(trigger) :], body, end
     if not isinstance(structure["grammar"], str):
         raise _refuse(f"{where}: grammar must be text")
-    return trigger, begin[len(trigger) :], {"lark_grammar": _ebnf(structure["grammar"])}, end
+    return trigger, begin[len(trigger) :], _named(named, {"lark_grammar": _ebnf(structure["grammar"])}), end
 
 
-def _islands(islands: dict[str, list[str]], special: Mapping[str, int], at_least_one: bool, only_one: bool) -> str:
-    """Lark: islands in free text. With `at_least_one` the first begins at once; with `only_one` it is the end."""
+def _named(named: list[Grammar], grammar: Grammar) -> str:
+    named.append({"name": f"inner_{len(named)}", **grammar})
+    return f"@inner_{len(named) - 1}"
+
+
+def _calls(
+    structure: dict[str, Any], where: str, special: Mapping[str, int], relaxed: bool, named: list[Grammar]
+) -> str:
+    """One or more of `calls`, each with a begin and an end of its own, and `separator` between two."""
+    calls, separator = structure["calls"], structure.get("separator", "")
+    if not isinstance(calls, list) or not 0 < len(calls) <= limits.MAX_STRUCTURES or not isinstance(separator, str):
+        raise _refuse(f"{where}: calls must be a list of 1 to {limits.MAX_STRUCTURES}, separator a string")
+    bodies = []
+    for call in calls:
+        if not isinstance(call, dict) or set(call) - _STRUCTURE or "schema" not in call:
+            raise _refuse(f"{where}: each of calls must be an object of begin, schema and end")
+        begin, end = call.get("begin"), call.get("end", "")
+        if not isinstance(begin, str) or not isinstance(end, str):
+            raise _refuse(f"{where}: begin and end of a call must be strings")
+        inner = _named(named, _inner(call, where, special, relaxed))
+        bodies.append(f"{_piece(begin, special)} {inner} {_piece(end, special)}")
+    one = "(" + " | ".join(bodies) + ")"
+    return one if structure.get("one") is True else f"{one} ({_piece(separator, special)} {one})*"
+
+
+def _inner(structure: dict[str, Any], where: str, special: Mapping[str, int], relaxed: bool) -> Grammar:
+    """A schema, as JSON or as its `form` writes it; with `fallback`, any object where it can't be enforced."""
+    lenient = structure.get("fallback") is True
+    form = CallForm.of(structure["form"]) if structure.get("form") is not None else None
+
+    def piece(text: str) -> str:
+        return _piece(text, special)
+
+    if lenient and relaxed:
+        return ANY_OBJECT if form is None else {"lark_grammar": lark_of_form(form, None, piece, lenient=True)}
+    try:
+        schema = checked_schema(json.dumps(structure["schema"]))
+        if form is None:
+            return {"json_schema": schema}
+        return {"lark_grammar": lark_of_form(form, schema, piece, lenient=lenient)}
+    except InvalidRequest as error:
+        if lenient:
+            return _inner(structure, where, special, True)
+        raise _refuse(f"{where}: {error.message}") from None
+
+
+def _islands(
+    islands: dict[str, list[str]], special: Mapping[str, int], marks: list[int], at_least_one: bool, only_one: bool
+) -> str:
+    """Lark: islands in free text. With `at_least_one` the first begins at once; with `only_one` it is the end. `marks`:
+    control tokens that may stand in the free text."""
     used = {trigger: bodies for trigger, bodies in islands.items() if bodies}
     later = "(" + " | ".join(f"later_{i}" for i in range(len(used))) + ")"
     first = "(" + " | ".join(f"first_{i}" for i in range(len(used))) + ")"
@@ -165,14 +225,18 @@ def _islands(islands: dict[str, list[str]], special: Mapping[str, int], at_least
         start = first if at_least_one else f"{later} | tail"
     else:
         start = f"{first} {later}* tail" if at_least_one else f"{later}* tail"
-    lines = [f"start: {start}", "tail: TEXT", f"TEXT: {ANY_TEXT}"]
+    free = "(TEXT mark)* " if marks else ""
+    lines = [f"start: {start}", f"tail: {free}TEXT", f"TEXT: {ANY_TEXT}"]
+    if marks:
+        lines.append("mark: " + " | ".join(f"<[{mark}]>" for mark in marks))
     for i, (trigger, bodies) in enumerate(used.items()):
         lines.append(f"body_{i}: " + " | ".join(bodies))
-        lines.append(f"first_{i}: {_piece(trigger, special)} body_{i}")
-        if trigger in special:
-            lines.append(f"later_{i}: TEXT <[{special[trigger]}]> body_{i}")
+        written = _piece(trigger, special)
+        lines.append(f"first_{i}: {written} body_{i}")
+        if written.startswith("<["):
+            lines.append(f"later_{i}: {free}TEXT {written} body_{i}")
         else:
-            lines += [f"trigger_{i}[lazy]: TEXT {_text(trigger)}", f"later_{i}: trigger_{i} body_{i}"]
+            lines += [f"trigger_{i}[lazy]: TEXT {written}", f"later_{i}: {free}trigger_{i} body_{i}"]
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +247,7 @@ def _piece(text: str, special: Mapping[str, int]) -> str:
     for token in sorted(special, key=len, reverse=True):
         if token and token in text:
             before, _, rest = text.partition(token)
-            return f"{_piece(before, special)} <[{special[token]}]> {_piece(rest, special)}"
+            return f"{_piece(before, special)} <[{special[token]}]> {_piece(rest, special)}".strip()
     return _text(text)
 
 

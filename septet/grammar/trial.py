@@ -166,11 +166,21 @@ def _answer(target: BinaryIO, verdict: Verdict) -> None:
 
 
 def _tried(structured: Structured, tokenizer: LLTokenizer, special: dict[str, int]) -> str:
-    from llguidance import LLMatcher
-
+    """What to compile. Where a part may fall back to something simpler, that is tried next."""
     from septet.grammar.translate import translate
 
-    text = translate(structured, special)
+    try:
+        return _walked(structured, translate(structured, special), tokenizer)
+    except InvalidRequest:
+        relaxed = translate(structured, special, relaxed=True)
+        if relaxed == translate(structured, special):
+            raise
+        return _walked(structured, relaxed, tokenizer)
+
+
+def _walked(structured: Structured, text: str, tokenizer: LLTokenizer) -> str:
+    from llguidance import LLMatcher
+
     matcher = LLMatcher(tokenizer, text, limits=limits.parser_limits(), log_level=0)
     _check(structured, matcher)
     rng = random.Random(0)

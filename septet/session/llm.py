@@ -16,6 +16,8 @@ from septet.errors import InvalidRequest
 from septet.request import SamplingParams
 from septet.session.outputs import RequestOutput
 from septet.session.progress import progress
+from septet.session.reading import PLAIN, Reading
+from septet.text.parsers.tools import ToolChoice
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -85,16 +87,25 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        reasoning: bool = False,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of conversations. Options go to the chat template."""
+        """Answer one conversation, or each of a list of conversations. Other options go to the chat template.
+
+        With `tools` (OpenAI's shape) the calls of an answer are in `tool_calls` of its output, with `reasoning` its
+        thoughts in `reasoning`; both are left in `text` otherwise.
+        """
+        reading = _reading(tools, tool_choice, parallel_tool_calls, reasoning)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         session = self._session
         makers = [
-            lambda c=conversation: session.chat_prompt(c, **template_options)  # type: ignore[misc]
+            lambda c=conversation: session.chat_prompt(c, tools=tools, **template_options)  # type: ignore[misc]
             for conversation in conversations
         ]
-        return self._run_batch(makers, sampling_params, use_tqdm, None)
+        return self._run_batch(makers, sampling_params, use_tqdm, None, reading)
 
     def close(self) -> None:
         """End the engine. Idempotent."""
@@ -116,13 +127,14 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         priority: Sequence[int] | None,
+        reading: Reading = PLAIN,
     ) -> list[RequestOutput]:
         each = _each(params, len(makers))
         priorities = list(priority) if priority is not None else [0] * len(makers)
         if len(priorities) != len(makers):
             raise InvalidRequest(f"{len(priorities)} priorities for {len(makers)} prompts", param="priority")
         with progress(len(makers), use_tqdm) as advance:
-            return self._run(_batch(self._session, makers, each, priorities, advance))
+            return self._run(_batch(self._session, makers, each, priorities, advance, reading))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the loop's thread and wait; Ctrl-C cancels the work there, which aborts its requests."""
@@ -160,12 +172,22 @@ class AsyncLLM:
                 yield output
 
     async def chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        reasoning: bool = False,
+        **template_options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """`generate` on a conversation."""
+        """`generate` on a conversation; tools and reasoning as in `LLM.chat`."""
         session = await self.session()
-        ready = await session.chat_prompt(messages, **template_options)
-        async with aclosing(_stream(session, ready, sampling_params or SamplingParams(), 0)) as outputs:
+        reading = _reading(tools, tool_choice, parallel_tool_calls, reasoning)
+        ready = await session.chat_prompt(messages, tools=tools, **template_options)
+        params = sampling_params or SamplingParams()
+        async with aclosing(_stream(session, ready, params, 0, reading=reading)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -216,6 +238,14 @@ def _prompt_maker(session: Session, prompt: TextOrIds) -> MakePrompt:
     return lambda: session.prompt(ready)  # type: ignore[arg-type]
 
 
+def _reading(
+    tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any], parallel: bool, reasoning: bool
+) -> Reading:
+    if not tools and not reasoning and choice in ("auto", "none"):
+        return PLAIN
+    return Reading(tools=ToolChoice.of(tools, choice, parallel), reasoning=reasoning)
+
+
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
@@ -225,10 +255,15 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> l
 
 
 async def _stream(
-    session: Session, prompt: Prompt, params: SamplingParams, priority: int, request_id: str = "0"
+    session: Session,
+    prompt: Prompt,
+    params: SamplingParams,
+    priority: int,
+    request_id: str = "0",
+    reading: Reading = PLAIN,
 ) -> AsyncGenerator[RequestOutput, None]:
     output = RequestOutput.empty(request_id, prompt, params.n)
-    async with aclosing(session.generate(prompt, params, priority=priority)) as events:
+    async with aclosing(session.generate(prompt, params, priority=priority, reading=reading)) as events:
         async for event in events:
             output.add(event)
             yield output
@@ -245,6 +280,7 @@ async def _batch(
     params: Sequence[SamplingParams],
     priorities: Sequence[int],
     advance: Callable[[int, int, bool], None],
+    reading: Reading = PLAIN,
 ) -> list[RequestOutput]:
     """Every prompt is checked first; then a bounded number of workers takes them in order."""
     prompts = []
@@ -260,7 +296,7 @@ async def _batch(
     async def work() -> None:
         for i in todo:
             n_before = 0
-            async with aclosing(_stream(session, prompts[i], params[i], priorities[i], str(i))) as stream:
+            async with aclosing(_stream(session, prompts[i], params[i], priorities[i], str(i), reading)) as stream:
                 async for output in stream:
                     n_now = sum(len(o.token_ids) for o in output.outputs)
                     advance(len(prompts[i].tokens) if outputs[i] is None else 0, n_now - n_before, output.finished)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from septet.session.events import Event, Finished, PositionLogprobs, PromptLogprobs, TextDelta
+from septet.session.events import Event, Finished, PositionLogprobs, PromptLogprobs, TextDelta, ToolCallDelta
 
 if TYPE_CHECKING:
     from septet.session.session import Prompt
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "ToolCall"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,29 @@ class Logprob:
 
 
 @dataclass(slots=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str = ""  # a JSON object
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     index: int
-    text: str = ""
+    text: str = ""  # without what `reasoning` and `tool_calls` hold, where these are told apart
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None  # sum over the chosen tokens, when logprobs were asked for
     logprobs: list[dict[int, Logprob]] | None = None  # one per token: chosen and top alternatives by token id
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def add_calls(self, pieces: tuple[ToolCallDelta, ...]) -> None:
+        for piece in pieces:
+            if piece.number == len(self.tool_calls):
+                self.tool_calls.append(ToolCall(piece.id or "", piece.name or ""))
+            self.tool_calls[piece.number].arguments += piece.arguments
 
 
 @dataclass(slots=True)
@@ -56,6 +71,8 @@ class RequestOutput:
         output = self.outputs[event.index]
         if isinstance(event, TextDelta):
             output.text += event.text
+            output.reasoning += event.reasoning
+            output.add_calls(event.calls)
             output.token_ids.extend(event.token_ids)
             if event.logprobs:
                 output.logprobs = output.logprobs if output.logprobs is not None else []

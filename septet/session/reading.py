@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from septet.text.parsers.tools import Tool
     from septet.text.tokenizer import Tokenizer
 
-__all__ = ["Reading", "ReplyFormat", "ReplyReader"]
+__all__ = ["PLAIN", "Reading", "ReplyFormat", "ReplyReader"]
 
 MAX_CALLS = 128  # of one answer; it is ended then
 
@@ -43,6 +43,9 @@ class Reading:
     reasoning: bool = False  # tell thoughts apart
     thinking_budget: int | None = None  # tokens of thoughts, then they are ended; None = no limit
     live: bool = False  # tell a call while it is written, where a constraint makes that safe
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +96,22 @@ class ReplyFormat:
             return True
         return tail.endswith(self.thoughts.open.rstrip())
 
-    def bound(self, params: SamplingParams, reading: Reading, thinking: bool) -> SamplingParams:
+    def may_think(self, prompt: str | None, reading: Reading, thinking: bool) -> bool:
+        """Whether an answer may begin with thoughts that nobody has opened: not where the prompt has closed them."""
+        if self.thoughts is None or not reading.reasoning or thinking:
+            return False
+        return self.thoughts.harmony or not (prompt or "")[-64:].rstrip().endswith(self.thoughts.close)
+
+    def bound(
+        self, params: SamplingParams, reading: Reading, thinking: bool, may_think: bool = False
+    ) -> SamplingParams:
         """`params` with the constraint that this reading stands for. InvalidRequest where two would collide."""
         if reading.thinking_budget is not None and (self.thoughts is None or self.thoughts.harmony):
             raise InvalidRequest("thinking_token_budget: not supported by this model", param="thinking_token_budget")
         after = self.thoughts.close if thinking and self.thoughts else None
+        opening = None
+        if after is None and may_think and self.thoughts is not None:
+            opening, after = self.thoughts.framed()
         if params.structured is not None:
             if reading.tools.forced:
                 raise InvalidRequest(
@@ -105,9 +119,16 @@ class ReplyFormat:
                     param="tool_choice",
                 )
             given = params.structured
-            return replace(params, structured=replace(given, after=after)) if after and not given.after else params
-        bound = constraint(self._dialect(reading), reading.tools, _schema, after=after)
-        if bound is None and any(tool.strict for tool in reading.tools.allowed()):
+            if after is None or given.after is not None:
+                return params
+            return replace(params, structured=replace(given, after=after, opening=opening))
+        if not reading.tools.forced and opening is not None:
+            after = opening = None  # thoughts are free text like any other until a call begins
+        markers = self.thoughts.markers() if self.thoughts is not None else ()
+        dialect = self._dialect(reading)
+        bound = constraint(dialect, reading.tools, _schema, after=after, opening=opening, thoughts=markers)
+        held = bound is not None and (reading.tools.forced or dialect.watched)
+        if not held and any(tool.strict for tool in reading.tools.allowed()):
             raise InvalidRequest(
                 f"tools: strict is not supported with tool_choice auto for this model's way of calling "
                 f"({self.dialect.name}); use tool_choice required, or leave strict out",
@@ -131,7 +152,8 @@ class ReplyFormat:
             return None
         dialect = self._dialect(reading) if allowed else None
         parser = OutputParser(dialect, thoughts, allowed, thinking=thinking)
-        live = reading.live and bound is not None and bound.kind == "structural_tag"
+        held = dialect is not None and (reading.tools.forced or dialect.watched)
+        live = reading.live and held and bound is not None and bound.kind == "structural_tag"
         one = bool(allowed) and (not reading.tools.parallel or reading.tools.mode == "named")
         new_id = _short_id if self.dialect.name == "mistral" else _new_id
         return ReplyReader(parser, live=live, max_calls=1 if one else MAX_CALLS, new_id=new_id)

@@ -20,7 +20,7 @@ from septet.errors import EngineDead, InvalidRequest
 from septet.request import FinishReason, Request, SamplingParams
 from septet.session.choice import Choice, error_of
 from septet.session.merge import merge
-from septet.session.reading import Reading
+from septet.session.reading import PLAIN, Reading
 from septet.session.thoughts import end_of_thoughts
 from septet.text.parsers.tools import Tool
 
@@ -46,7 +46,6 @@ SHARE_FROM = 32
 """Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
 
 
-PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +158,8 @@ class Session:
             ) from None
 
     def _checked_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if ids and {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < self.limits.vocab_size:
+            return ids  # long prompts by the thousand: no loop in Python
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
                 shown = repr(token)[:40]
@@ -200,7 +201,8 @@ class Session:
         ready = prompt if isinstance(prompt, Prompt) else await self.prompt(prompt)
         thinking = self.reply_format is not None and self.reply_format.is_thinking(ready.text, reading)
         if self.reply_format is not None and reading is not PLAIN:
-            params = self.reply_format.bound(params, reading, thinking)
+            may_think = self.reply_format.may_think(ready.text, reading, thinking)
+            params = self.reply_format.bound(params, reading, thinking, may_think)
         requests = self._requests(ready, params, priority, cache_salt, arrival)
         if params.structured is not None:
             await self._teach()

@@ -37,7 +37,7 @@ def end_of_thoughts(
         max_tokens=left,
         min_tokens=min(left, max(0, request.params.min_tokens - len(made) - len(close))),
         prompt_logprobs=None,
-        structured=replace(structured, after=None) if structured else None,
+        structured=replace(structured, after=None, opening=None) if structured else None,
     )
     tokens = (*request.tokens, *made, *close)
     return Update(request.id, tokens=close), replace(request, id=number, tokens=tokens, params=params)

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from septet import LLM
 from septet.engine.messages import Update
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
@@ -18,8 +19,6 @@ from septet.session.events import TextDelta
 from septet.session.reading import Reading, ReplyFormat
 from septet.session.session import Limits, Session
 from septet.structured import Structured
-from septet.text.parsers.constraint import constraint
-from septet.text.parsers.dialects import DIALECTS
 from septet.text.parsers.fallback import conversation, system_text
 from septet.text.parsers.tools import Tool, ToolChoice
 from tests.fakes import ByteTokenizer, FakeClient, session
@@ -298,6 +297,7 @@ def test_auto_is_free_until_a_call_begins() -> None:
         "begin": '<tool_call>\n{"name": "get_weather", "arguments": ',
         "schema": SCHEMA,
         "end": "}\n</tool_call>",
+        "fallback": True,
     }
     assert len(spec["structures"]) == 2
     assert not spec.get("at_least_one")
@@ -313,23 +313,48 @@ def test_required_and_named() -> None:
     assert [s["begin"] for s in spec["structures"]] == ['<tool_call>\n{"name": "now", "arguments": ']
 
 
-@pytest.mark.parametrize("name", DIALECTS)
-def test_what_a_constraint_writes_is_what_the_dialect_reads(name: str) -> None:
-    """begin + arguments + end of every dialect that can be bound, through the API: one call comes out."""
-    tools = ToolChoice((Tool("get_weather", "", SCHEMA),), "required")
-    row = DIALECTS[name] if DIALECTS[name].begin else DIALECTS["json"]
-    structured = constraint(row, tools, lambda tool: tool.schema())
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", CALL),
+        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"),
+        ("pythonic", '<|python_start|>[get_weather(city="Paris")]<|python_end|>'),
+        ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}]'),
+    ],
+)  # fmt: skip
+def test_forced_calls_in_the_models_own_way(name: str, text: str) -> None:
+    """What a constraint writes in each dialect is in `test_parsers_bound.py`; here through the API, streamed."""
+    body = {**ASK, "tools": TOOLS, "tool_choice": "required", "stream": True}
+    told = joined(deltas_of(post(body, Teachable(text, eos=True), parser=name)))
+    assert [json.loads(call["arguments"]) for call in told["calls"].values()] == [{"city": "Paris"}]
+    assert told["reason"] == "tool_calls"
+
+
+def test_the_python_api_tells_calls_and_thoughts_apart() -> None:
+    async def make() -> Session:
+        return made(Teachable("<think>Hm</think>" + CALL + " so", eos=True), template=NativeTemplate())
+
+    with LLM.over(make()) as llm:
+        for choice in ("auto", "required", "get_weather"):
+            options = {"tools": TOOLS, "tool_choice": choice, "reasoning": True}
+            [output] = llm.chat(ASK["messages"], SamplingParams(max_tokens=400), use_tqdm=False, **options)
+            [call] = output.outputs[0].tool_calls
+            assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+            assert call.id
+            assert output.outputs[0].reasoning == "Hm"
+        [output] = llm.chat(ASK["messages"], SamplingParams(max_tokens=400), use_tqdm=False)
+        assert CALL in output.outputs[0].text
+        with pytest.raises(InvalidRequest, match="tool_choice"):
+            llm.chat(ASK["messages"], tools=TOOLS, tool_choice="fly", use_tqdm=False)
+
+
+def test_thoughts_that_a_model_may_open_stay_free_when_a_call_is_forced() -> None:
+    client = Teachable("<think>Hm</think>" + CALL, eos=True)
+    body = {**ASK, "tools": TOOLS, "tool_choice": "required", "include_reasoning": True}
+    choice_of(post(body, client, NativeTemplate()))
+    structured = client.seen[0].params.structured
     assert structured is not None
-    spec = json.loads(structured.spec)
-    [structure] = spec["structures"]
-    assert structure["begin"].startswith(spec["triggers"][0])
-    text = structure["begin"] + '{"city": "Oslo"}' + structure["end"]
-    message = choice_of(
-        post({**ASK, "tools": TOOLS, "tool_choice": "required"}, Teachable(text, eos=True), parser=name)
-    )["message"]
-    [call] = message["tool_calls"]
-    assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
-    assert message["content"] is None
+    assert (structured.opening, structured.after) == ("<think>", "</think>")
 
 
 def test_the_constraint_waits_for_the_end_of_open_thoughts() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from septet.errors import InvalidRequest
 from septet.text.parsers.forms import BracketForm, HeaderForm, JsonForm, PythonForm, TagForm
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 __all__ = ["DIALECTS", "REASONING", "Dialect", "ReasoningDialect", "dialect_of", "reasoning_of", "takes_tools"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A call as a constraint writes it: begin.format(name), the arguments, end. From `trigger` on it is binding.
+
+    `listed`: (open, separator, close) of a block of several calls. `form`: how arguments are written, as `CallForm` of
+    the grammar room says; None: JSON.
+    """
+
+    trigger: str
+    begin: str
+    end: str = ""
+    listed: tuple[str, str, str] | None = None
+    form: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +48,14 @@ class Dialect:
     noise: tuple[str, ...] = ()
     bare: str = ""  # an answer that starts with one of these characters may be a call without any trigger
     harmony: bool = False  # channels instead of triggers: `harmony.py` reads it all
-    begin: str = ""  # a call as a constraint writes it: begin.format(name), the arguments' JSON, end. "" = can't
-    end: str = ""
+    bound: tuple[Bound, ...] = ()  # the ways in which a constraint lets it be written; none = it can't be bound
     around: tuple[str, str] = ("", "")  # section markers around all calls of an answer
+
+    @property
+    def watched(self) -> bool:
+        """Whether every call of a free answer is held to its schema: none can begin without a bound trigger."""
+        triggers = [bound.trigger[0] for bound in self.bound]
+        return bool(triggers) and not self.harmony and all(char in triggers for char in self.bare)
 
     def markers(self) -> tuple[str, ...]:
         own = (*self.triggers, *self.close, *self.noise, *filter(None, self.around))
@@ -57,10 +77,33 @@ class ReasoningDialect:
     def markers(self) -> tuple[str, ...]:
         return HARMONY_MARKERS if self.harmony else (self.open, self.close, *self.noise)
 
+    def framed(self) -> tuple[str, str]:
+        """How thoughts begin and end at the start of an answer, up to where the rest begins."""
+        return HARMONY_THOUGHTS if self.harmony else (self.open, self.close)
 
+
+HARMONY_THOUGHTS = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
 HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
 _JSON = JsonForm()
-_HERMES = ('<tool_call>\n{{"name": "{name}", "arguments": ', "}\n</tool_call>")
+_HERMES = (Bound("<tool_call>", '<tool_call>\n{{"name": "{name}", "arguments": ', "}\n</tool_call>"),)
+
+
+def _gemma(open: str, close: str, quote: str) -> Bound:
+    """call:name{key:value}: bare keys, strings between `quote`s."""
+    form = {"key_close": ":", "separator": ",", "marks": (quote, quote)}
+    return Bound(open, open + "call:{name}{{", "}" + close, form=form)
+
+
+def _listed(open: str, close: str) -> Bound:
+    """JSON objects in a list."""
+    return Bound(open.strip(), '{{"name": "{name}", "arguments": ', "}", (open + "[", ", ", "]" + close))
+
+
+_TO_FUNCTIONS = "<|channel|>commentary to=functions."
+_PYTHON = {"key_close": "=", "separator": ", "}
+_PARAMETERS = {
+    "key_open": "<parameter=", "key_close": ">\n", "value_close": "</parameter>", "rest": "\n", "marks": ("", ""),
+}  # fmt: skip
 _QWEN_CODER = TagForm(
     name_open="<function=", name_close=">", key_open="<parameter=", key_close=">",
     value_open="", value_close="</parameter>", end="</function>",
@@ -76,69 +119,136 @@ _MINIMAX = TagForm(
 
 _ROWS = (
     Dialect(
-        name="hermes", form=_JSON, triggers=("<tool_call>",), close=("</tool_call>",), begin=_HERMES[0], end=_HERMES[1]
+        name="hermes", form=_JSON, triggers=("<tool_call>",), close=("</tool_call>",), bound=_HERMES
     ),  # and Qwen 2.5 and 3
     Dialect(
         name="llama3_json", form=JsonForm((";",)), triggers=("<|python_tag|>",), bare="{",
-        begin='{{"name": "{name}", "parameters": ', end="}",
+        bound=(Bound('{"name": "', '{{"name": "{name}", "parameters": ', "}"),),
     ),
     Dialect(
-        name="pythonic", form=PythonForm(), triggers=("<|python_start|>",), close=("<|python_end|>",), bare="["
+        name="pythonic", form=PythonForm(), triggers=("<|python_start|>",), close=("<|python_end|>",), bare="[",
+        bound=(Bound("<|python_start|>", "{name}(", ")", ("<|python_start|>[", ", ", "]<|python_end|>"), _PYTHON),),
     ),  # Llama 3.2 and 4, ToolACE
     Dialect(
         name="functionary", form=HeaderForm((">",)), triggers=("<function=",), close=("</function>",),
-        begin="<function={name}>", end="</function>",
+        bound=(Bound("<function=", "<function={name}>", "</function>"),),
     ),  # Llama 3.1's custom calls as well
     Dialect(
         name="mistral", form=HeaderForm(("[ARGS]",), r"\s*([^\s\[]+)\s*(?:\[CALL_ID\].*)?", or_json=True),
         triggers=("[TOOL_CALLS]",),
+        bound=(
+            Bound("[TOOL_CALLS]", "[TOOL_CALLS]{name}[ARGS]"),
+            _listed("[TOOL_CALLS]", ""),
+            _listed("[TOOL_CALLS] ", ""),
+        ),
     ),
     Dialect(
         name="deepseek_v3", form=HeaderForm(("<｜tool▁sep｜>",), fence=True), triggers=("<｜tool▁call▁begin｜>",),
         close=("<｜tool▁call▁end｜>",), noise=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-        begin="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>", end="<｜tool▁call▁end｜>",
+        bound=(Bound("<｜tool▁call▁begin｜>", "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),),
         around=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
     ),  # R1 and V3.1 too
     Dialect(
         name="kimi_k2", form=HeaderForm(("<|tool_call_argument_begin|>",), r"\s*(?:functions\.)?([^\s:]+)(?::\d+)?\s*"),
         triggers=("<|tool_call_begin|>",), close=("<|tool_call_end|>",),
         noise=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-        begin="<|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>", end="<|tool_call_end|>",
+        bound=(
+            Bound(
+                "<|tool_call_begin|>", "<|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>",
+                "<|tool_call_end|>",
+            ),
+        ),
         around=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
     ),
-    Dialect(name="openai", form=_JSON, harmony=True),  # gpt-oss
+    Dialect(
+        name="openai", form=_JSON, harmony=True,
+        bound=tuple(
+            Bound(_TO_FUNCTIONS, f"{_TO_FUNCTIONS}{{name}} {kind}<|message|>", "<|call|>")
+            for kind in ("<|constrain|>json", "json")
+        ),
+    ),  # gpt-oss
     Dialect(
         name="functiongemma", form=BracketForm(("<escape>",)), triggers=("<start_function_call>",),
-        close=("<end_function_call>",),
+        close=("<end_function_call>",), bound=(_gemma("<start_function_call>", "<end_function_call>", "<escape>"),),
     ),
-    Dialect(name="gemma4", form=BracketForm(('<|"|>',)), triggers=("<|tool_call>",), close=("<tool_call|>",)),
+    Dialect(name="gemma4", form=BracketForm(('<|"|>',)), triggers=("<|tool_call>",), close=("<tool_call|>",),
+        bound=(_gemma("<|tool_call>", "<tool_call|>", '<|"|>'),),
+    ),
     Dialect(
-        name="granite", form=_JSON, triggers=("<|tool_call|>", "<tool_call>"), close=("</tool_call>",), bare="["
+        name="granite", form=_JSON, triggers=("<|tool_call|>", "<tool_call>"), close=("</tool_call>",), bare="[",
+        bound=(_listed("<|tool_call|>", ""), *_HERMES),
     ),
     Dialect(
         name="phi4_mini_json", form=_JSON, triggers=("<|tool_call|>", "functools"), close=("<|/tool_call|>",),
-        begin='<|tool_call|>[{{"name": "{name}", "arguments": ', end="}]<|/tool_call|>",
+        bound=(_listed("<|tool_call|>", "<|/tool_call|>"),),
     ),
-    Dialect(name="glm45", form=_GLM, triggers=("<tool_call>",)),
-    Dialect(name="qwen3_coder", form=_QWEN_CODER, triggers=("<tool_call>",), close=("</tool_call>",)),
+    Dialect(
+        name="glm45", form=_GLM, triggers=("<tool_call>",),
+        bound=(
+            Bound("<tool_call>", "<tool_call>{name}\n", "</tool_call>", form={
+                "key_open": "<arg_key>", "key_close": "</arg_key>\n<arg_value>", "value_close": "</arg_value>",
+                "rest": "\n", "marks": ("", ""),
+            }),
+        ),
+    ),
+    Dialect(name="qwen3_coder", form=_QWEN_CODER, triggers=("<tool_call>",), close=("</tool_call>",),
+        bound=(
+            Bound("<tool_call>", "<tool_call>\n<function={name}>\n", "</function>\n</tool_call>", form=_PARAMETERS),
+        ),
+    ),
     Dialect(
         name="minimax_m2", form=_MINIMAX, triggers=('<invoke name="',),
         noise=("<minimax:tool_call>", "</minimax:tool_call>"),
+        bound=(
+            Bound('<invoke name="', '<invoke name="{name}">\n', "</invoke>", form={
+                "key_open": '<parameter name="', "key_close": '">', "value_close": "</parameter>", "rest": "\n",
+                "marks": ("", ""),
+            }),
+        ),
     ),
     Dialect(
-        name="seed_oss", form=_QWEN_CODER, triggers=("<seed:tool_call>",), close=("</seed:tool_call>",)
+        name="seed_oss", form=_QWEN_CODER, triggers=("<seed:tool_call>",), close=("</seed:tool_call>",),
+        bound=(
+            Bound(
+                "<seed:tool_call>", "<seed:tool_call>\n<function={name}>\n", "</function>\n</seed:tool_call>",
+                form={**_PARAMETERS, "key_close": ">"},
+            ),
+        ),
     ),
-    Dialect(name="lfm2", form=PythonForm(), triggers=("<|tool_call_start|>",), close=("<|tool_call_end|>",)),
-    Dialect(name="cohere", form=_JSON, triggers=("<|START_ACTION|>",), close=("<|END_ACTION|>",)),
+    Dialect(name="lfm2", form=PythonForm(), triggers=("<|tool_call_start|>",), close=("<|tool_call_end|>",),
+        bound=(
+            Bound("<|tool_call_start|>", "{name}(", ")", ("<|tool_call_start|>[", ", ", "]<|tool_call_end|>"), _PYTHON),
+        ),
+    ),
+    Dialect(
+        name="cohere", form=_JSON, triggers=("<|START_ACTION|>",), close=("<|END_ACTION|>",),
+        bound=(
+            Bound(
+                "<|START_ACTION|>", '{{"tool_call_id": "0", "tool_name": "{name}", "parameters": ', "}",
+                ("<|START_ACTION|>[", ", ", "]<|END_ACTION|>"),
+            ),
+        ),
+    ),
     Dialect(
         name="internlm", form=_JSON, triggers=("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"),
         close=("<|action_end|>",),
+        bound=tuple(
+            Bound(
+                f"<|action_start|>{space}<|plugin|>",
+                f'<|action_start|>{space}<|plugin|>\n{{{{"name": "{{name}}", "parameters": ', "}<|action_end|>",
+            )
+            for space in (" ", "")
+        ),
     ),
-    Dialect(name="nemotron", form=_JSON, triggers=("<TOOLCALL>",), close=("</TOOLCALL>",)),
-    Dialect(name="jamba", form=_JSON, triggers=("<tool_calls>",), close=("</tool_calls>",)),  # and Hunyuan
+    Dialect(name="nemotron", form=_JSON, triggers=("<TOOLCALL>",), close=("</TOOLCALL>",),
+        bound=(_listed("<TOOLCALL>", "</TOOLCALL>"),),
+    ),
+    Dialect(name="jamba", form=_JSON, triggers=("<tool_calls>",), close=("</tool_calls>",),
+        bound=(_listed("<tool_calls>", "</tool_calls>"),),
+    ),  # and Hunyuan
     Dialect(
         name="json", form=JsonForm((";",)), triggers=("<tool_call>",), close=("</tool_call>",), bare="{[",
-        begin=_HERMES[0], end=_HERMES[1],
+        bound=_HERMES,
     ),  # where the template takes tools but shows no known way
 )  # fmt: skip
 DIALECTS = {row.name: row for row in _ROWS}

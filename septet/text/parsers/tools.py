@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Tool", "ToolChoice", "kind_of"]
 
@@ -52,6 +55,26 @@ class ToolChoice:
     mode: str = "auto"
     name: str = ""
     parallel: bool = True
+
+    @classmethod
+    def of(
+        cls, tools: Sequence[Tool | Mapping[str, Any]] | None, choice: object = "auto", parallel: bool = True
+    ) -> ToolChoice:
+        """From OpenAI's values of `tools` and `tool_choice`; a function's bare name is taken too."""
+        known = tuple(Tool.of(tool) for tool in tools or ())
+        if choice in ("none", "auto", "required"):
+            mode, name = str(choice), ""
+        else:
+            function = choice.get("function") if isinstance(choice, Mapping) else {"name": choice}
+            mode, name = "named", function.get("name") if isinstance(function, Mapping) else None
+        if mode == "named" and name not in [tool.name for tool in known]:
+            raise InvalidRequest(
+                f"tool_choice must be none, auto, required or one of the tools, not {str(name)[:80]!r}",
+                param="tool_choice",
+            )
+        if mode == "required" and not known:
+            raise InvalidRequest("tool_choice required needs tools", param="tool_choice")
+        return cls(known, mode, name or "", parallel)
 
     @property
     def forced(self) -> bool:
