@@ -191,7 +191,7 @@ def test_the_engines_look_is_bounded_whatever_it_holds() -> None:
     view = look(scheduler)
     assert len(view.rows) == 64
     assert view.more_rows == 2000 - 64
-    assert len(view.tree) == 20
+    assert 0 < len(view.tree) <= 20
     assert len(view.pool.free) == 128
     assert sum(view.pool.free) >= 0.95 * scheduler.cache.free
     assert min(look(scheduler).took_s for _ in range(20)) < 0.002, "a look must be a fraction of a step"
