@@ -70,7 +70,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     phases.done("memory")
     if rehearsal is not None:
         phases.done(f"{rehearsal.finish()} kernels more")
-    why_eager = _capture(runner, model, sizes) if captured else "eager steps"
+    why_eager = _capture(runner, model, sizes, rehearsal) if captured else "eager steps"
     phases.done("first steps")
     del model  # of a tape, only the packed weights stay
     choices: tuple[Choice, ...] = (
@@ -240,7 +240,7 @@ def _rehearse(model: ModelConfig, ops: Ops, dtype: torch.dtype, sizes: Sizes) ->
     return Rehearsal(model, ops, dtype, shapes, kernel_directory(f"sm{major}{minor}"))
 
 
-def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:
+def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | None) -> str:
     """Steps as CUDA graphs or one native call -> "", or why not: then every step is launched kernel by kernel."""
     if isinstance(runner.forward, TapeForward):
         runner.graphs = TapedDecode(runner.forward.tape, runner.rows, sizes.max_num_seqs)
@@ -256,4 +256,6 @@ def _capture(runner: Runner, model: Model, sizes: Sizes) -> str:
         log.warning("this device or driver can't capture steps", exc_info=error)
         return f"steps could not be captured: {type(error).__name__}"
     runner.graphs = graphs
+    if rehearsal is not None:
+        graphs.compiled = rehearsal.over
     return ""

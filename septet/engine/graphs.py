@@ -141,6 +141,7 @@ class StepGraphs:
         self.captured: dict[Shape, Captured] = {}
         self.wanted: Counter[Shape] = Counter()  # asked for and not there
         self.broken = False  # a capture failed under way: what is captured serves on
+        self.compiled: Callable[[], bool] = lambda: True  # a capture will not wait for a compiler
         self.staging = runner.staging
         self._todo = shapes.usual()
         self._not_before = 0.0  # monotonic
@@ -192,7 +193,7 @@ class StepGraphs:
         """Capture one more shape if it is time for that; between steps. False: nothing is left for a pause."""
         if self.broken:
             return False
-        if not busy or (self.wanted and time.monotonic() >= self._not_before):
+        if not busy or (self.wanted and time.monotonic() >= self._not_before and self.compiled()):
             self._capture_next(busy)
         return not self.broken and bool(self._todo or self.wanted)
 

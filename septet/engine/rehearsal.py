@@ -133,6 +133,10 @@ class Rehearsal:
                 ready += future.result()
         return ready
 
+    def over(self) -> bool:
+        """Whether nothing is being compiled any more."""
+        return self._later is None or self._later.done()
+
     def cancel(self) -> None:
         """Nobody needs the rest any more."""
         self._cancelled = True

@@ -190,6 +190,10 @@ def test_shapes_are_captured_as_traffic_asks_and_in_pauses(model: Path) -> None:
     assert len(replays.made) == len(first)
     graphs.wanted[wanted] += 1
     graphs._not_before = 0.0
+    graphs.compiled = lambda: False
+    graphs.spare(busy=True)  # would compile: not while somebody waits
+    assert len(replays.made) == len(first)
+    graphs.compiled = lambda: True
     graphs.spare(busy=True)
     assert replays.made[len(first) :] == [wanted]
     graphs.wanted[Shape(False, 16, 1, 16)] += 5
