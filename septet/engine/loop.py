@@ -247,10 +247,10 @@ class EngineLoop:
 def _refused(request: str, error: Exception) -> Update:
     """A request that could not be taken in: our own errors in their words, others with a traceback in the log."""
     if isinstance(error, SeptetError):
-        return _failed(request, str(error), error.kind)
+        return _failed(request, str(error), error.kind, error.param)
     log.error("could not take in a request", exc_info=error)
     return _failed(request, "the engine could not take in this request", SeptetError.kind)
 
 
-def _failed(request: str, error: str, kind: str) -> Update:
-    return Update(request, finish_reason=FinishReason.ERROR, error=error, error_kind=kind)
+def _failed(request: str, error: str, kind: str, param: str | None = None) -> Update:
+    return Update(request, finish_reason=FinishReason.ERROR, error=error, error_kind=kind, error_param=param)

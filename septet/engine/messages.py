@@ -101,6 +101,7 @@ class Update(Struct, frozen=True, omit_defaults=True):
     pooled: bytes = b""  # with the last update of a request with `pooling`: (D,) float32, little-endian
     error: str | None = None  # with finish_reason ERROR
     error_kind: str = "internal_error"
+    error_param: str | None = None  # the field that is wrong, where one is
 
 
 @dataclass(frozen=True, slots=True)

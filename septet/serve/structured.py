@@ -6,6 +6,7 @@ nobody knows. What the schema or grammar itself says is judged by the engine.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
@@ -35,7 +36,7 @@ def structured_of(fields: Fields) -> Structured | None:
                 found[name] = value
     if len(found) > 1:
         raise InvalidRequest(f"{' and '.join(found)} can't both bind the answer; give one", param=list(found)[1])
-    return next(iter(found.values()), None)
+    return next((replace(value, source=name) for name, value in found.items()), None)
 
 
 def _response_format(value: Any) -> Structured | None:

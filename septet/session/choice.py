@@ -38,7 +38,8 @@ _ERRORS: dict[str, type[SeptetError]] = {
 
 def error_of(update: Update) -> SeptetError:
     """The typed error that an update with `finish_reason` ERROR stands for."""
-    return _ERRORS.get(update.error_kind, SeptetError)(update.error or "the engine ended this request with an error")
+    message = update.error or "the engine ended this request with an error"
+    return _ERRORS.get(update.error_kind, SeptetError)(message, param=update.error_param)
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float, rank: int) -> TokenLogprob:

@@ -210,9 +210,15 @@ class Session:
         if len(requests) == 1 or len(ready.tokens) < SHARE_FROM:
             shared.set()
         choices = [self._choice(i, r, shared, reading, thinking) for i, r in enumerate(requests)]
-        async with aclosing(merge(choices)) as events:
-            async for event in events:
-                yield event
+        try:
+            async with aclosing(merge(choices)) as events:
+                async for event in events:
+                    yield event
+        except InvalidRequest as error:
+            source = params.structured.source if params.structured is not None else ""
+            if error.param != "structured" or not source:
+                raise
+            raise InvalidRequest(error.message, param=source) from None
 
     async def chat(
         self,

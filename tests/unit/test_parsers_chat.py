@@ -317,9 +317,15 @@ def test_required_and_named() -> None:
     ("name", "text"),
     [
         ("hermes", CALL),
-        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        ),
         ("pythonic", '<|python_start|>[get_weather(city="Paris")]<|python_end|>'),
-        ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}]'),
+        (
+            "cohere",
+            '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}]',
+        ),
     ],
 )  # fmt: skip
 def test_forced_calls_in_the_models_own_way(name: str, text: str) -> None:
