@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("septet.cli.hub:show", "Show what a model is: source, licence, files, shape."),
     "key": ("septet.cli.keys:key", "Make an API key for the server."),
     "doctor": ("septet.cli.doctor:doctor", "Show the machine, the kernels it gets, and what speed to expect."),
+    "plan": ("septet.cli.plan:plan", "Plan capacity: devices, arrangement and cost for so many users."),
     "create": ("septet.cli.create:create", "Create a model from a Modelfile."),
     "ps": ("septet.cli.remote:ps", "List the models that a running server has loaded."),
     "stop": ("septet.cli.remote:stop", "Unload a model from a running server."),

@@ -16,7 +16,7 @@ LEVELS = [
     {"weights", "layers"},
     {"models"},
     {"engine"},
-    {"session"},
+    {"session", "advisor"},
     {"serve"},
     {"cli"},
 ]
@@ -35,6 +35,7 @@ FORBIDDEN = {  # room -> top-level modules it must not import, even late
     "kv": {"torch", "numpy"},
     "text": {"torch", "transformers"},
     "grammar": {"torch", "transformers", "tokenizers"},
+    "advisor": {"torch", "numpy", "starlette"},
     "session": {"torch", "starlette", "uvicorn"},
     "serve": {"torch", "numpy"},
     "engine": {"starlette", "uvicorn", "tokenizers", "jinja2"},

@@ -101,6 +101,74 @@ def _capped(score, cap):
     return cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(score * (2.0 / cap)) + 1.0))
 
 
+@triton.jit
+def _fetch_ahead(next_ptr, next_lines, idle, n_idle):
+    """Idle program `idle` of n_idle: ask the cache for its part of the weights that the next kernel reads."""
+    line = tl.arange(0, 128).to(tl.int64)
+    for first in range(idle, tl.cdiv(next_lines, 128), n_idle):
+        at_line = tl.minimum(first * 128 + line, next_lines - 1)
+        prefetch(next_ptr + at_line * (128 // next_ptr.dtype.element_ty.itemsize))
+
+
+@triton.jit
+def _own_token(
+    acc, top, total, q1, q2, qkv_ptr, head, k_at, v_at, cos, sin, norm_ptr, eps, scale, cap, part_stride,
+    G: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, CAP: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """This step's key at `head` of the QKV product and its value: store them, fold them into the softmax state."""
+    HALF: tl.constexpr = q1.shape[1]
+    BLOCK_E: tl.constexpr = acc.shape[1]
+    half: tl.constexpr = E // 2
+    one, at, e = tl.arange(0, 1)[:, None], tl.arange(0, HALF)[None, :], tl.arange(0, BLOCK_E)[None, :]
+    own = (one == 0) & (at < half)
+    k1, k2 = _rotated(qkv_ptr, head + one * E, at, own, half, cos, sin, norm_ptr, eps, E, NORM, PARTS, part_stride,
+                      KIND)  # fmt: skip
+    v = _read(qkv_ptr, head + G * E + one * E, e, e < E, PARTS, part_stride, KIND)
+    k1, k2 = k1.to(k_at.dtype.element_ty), k2.to(k_at.dtype.element_ty)
+    tl.store(k_at + at, k1, mask=own)
+    tl.store(k_at + half + at, k2, mask=own)
+    tl.store(v_at + e, v.to(v_at.dtype.element_ty), mask=e < E)
+    score = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+    score = score * scale
+    if CAP:
+        score = _capped(score, cap)
+    new_top = tl.maximum(top, score)
+    fade, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+    acc = acc * fade[:, None] + weight.to(KIND).to(tl.float32)[:, None] * v
+    return acc, new_top, total * fade + weight
+
+
+@triton.jit
+def _merge_shares(
+    acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_at, out_at, out_tile, first, split, used, RATIO: tl.constexpr,
+    SPLITS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Leave this share in memory; the program whose share is the last of `used` merges them all."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_E: tl.constexpr = acc.shape[1]
+    m, s = tl.arange(0, BLOCK_M), tl.arange(0, SPLITS)
+    cell = m[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    tl.store(top_ptr + (first + split) * BLOCK_M + m, top)
+    tl.store(total_ptr + (first + split) * BLOCK_M + m, total)
+    tl.store(acc_ptr + (first + split) * (BLOCK_M * BLOCK_E) + cell, acc)
+    tl.debug_barrier()  # every thread's part is written before the counter says so
+    if tl.atomic_add(arrived_at, 1, sem="acq_rel") == used - 1:
+        seen = (s < used)[:, None] & (m < RATIO)[None, :]
+        states = (first + s)[:, None] * BLOCK_M + m[None, :]
+        tops = tl.load(top_ptr + states, mask=seen, other=float("-inf"), cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        best = tl.where(best == float("-inf"), 0.0, best)
+        totals = tl.load(total_ptr + states, mask=seen, other=0.0, cache_modifier=".cg")
+        whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
+        merged = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        for i in tl.range(0, used, loop_unroll_factor=4):
+            its_top = tl.load(top_ptr + (first + i) * BLOCK_M + m, cache_modifier=".cg")
+            its_share = tl.load(acc_ptr + (first + i) * (BLOCK_M * BLOCK_E) + cell, cache_modifier=".cg")
+            merged += its_share * tl.exp2(its_top - best)[:, None]
+        tl.store(out_at, (merged / whole[:, None]).to(KIND), mask=out_tile)
+        tl.store(arrived_at, 0)
+
+
 @triton.jit(do_not_specialize=["eps", "window", "scale", "cap"])
 def _decode_kernel(
     qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
@@ -112,114 +180,56 @@ def _decode_kernel(
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
-    AHEAD: one row; programs without a share prefetch next (128 bytes times next_lines), a constant.
-
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
-    arrived (R, G) int32: zero, and left zero. BLOCK_E: E up to a power of two.
+    arrived (R, G) int32: zero, and left zero. AHEAD: one row; programs without a share prefetch the constant `next`.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    HALF: tl.constexpr = BLOCK_E // 2
     half: tl.constexpr = E // 2
     KIND: tl.constexpr = out_ptr.dtype.element_ty
-    m, at, e = tl.arange(0, BLOCK_M), tl.arange(0, HALF), tl.arange(0, BLOCK_E)
+    m, at, e = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_E // 2)[None, :], tl.arange(0, BLOCK_E)[None, :]
     if PDL:
         gdc_launch_dependents()
     past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
     key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
-    turns = tl.cdiv(past - key_lo, BLOCK_N)
-    share = tl.maximum(tl.cdiv(turns, SPLITS), 1) * BLOCK_N
+    share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS), 1) * BLOCK_N
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
     if split >= used:  # the others' waiting keeps the order
-        if AHEAD:  # memory idles while so few programs attend: ask the cache for the weights that come next
-            n_idle = (SPLITS - used) * G
-            line = tl.arange(0, 128).to(tl.int64)
-            for first in range((split - used) * G + kv_head, tl.cdiv(next_lines, 128), n_idle):
-                at_line = tl.minimum(first * 128 + line, next_lines - 1)
-                prefetch(next_ptr + at_line * (128 // next_ptr.dtype.element_ty.itemsize))
+        if AHEAD:
+            _fetch_ahead(next_ptr, next_lines, (split - used) * G + kv_head, (SPLITS - used) * G)
         return
-    lo = key_lo + split * share
-    hi = tl.minimum(lo + share, past)
+    lo, hi = key_lo + split * share, tl.minimum(key_lo + (split + 1) * share, past)
     slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
     if PRELOAD:
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at[None, :], e[None, :], k_stride, v_stride, half, E,
-                                BLOCK_N)  # fmt: skip
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, half, E, BLOCK_N)
     slot = tl.load(slots_ptr + row)
     angle = cos_sin_ptr + past.to(tl.int64) * E + at
-    cos = tl.load(angle, mask=at < half, other=0.0)[None, :]
-    sin = tl.load(angle + half, mask=at < half, other=0.0)[None, :]
+    cos, sin = tl.load(angle, mask=at < half, other=0.0), tl.load(angle + half, mask=at < half, other=0.0)
     if PDL:
         gdc_wait()
     line = row.to(tl.int64) * ((RATIO + 2) * G * E)
-    inside = (m < RATIO)[:, None] & (at < half)[None, :]
-    q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m)[:, None] * E, at[None, :], inside, half, cos, sin,
+    q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m) * E, at, (m < RATIO) & (at < half), half, cos, sin,
                       q_norm_ptr, eps, E, NORM, PARTS, part_stride, KIND)  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     if PRELOAD:
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
         lo += BLOCK_N
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at[None, :], e[None, :], k_stride, v_stride,
-                                half, E, BLOCK_N)  # fmt: skip
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, half, E, BLOCK_N)
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
-
-    if split == 0:  # this step's own token: store it, and fold it in
-        one = tl.arange(0, 1)
-        own = (one == 0)[:, None] & (at < half)[None, :]
-        head = line + (RATIO * G + kv_head) * E
-        own_k1, own_k2 = _rotated(qkv_ptr, head + one[:, None] * E, at[None, :], own, half, cos, sin, k_norm_ptr, eps,
-                                  E, NORM, PARTS, part_stride, KIND)  # fmt: skip
-        own_v = _read(qkv_ptr, head + G * E + one[:, None] * E, e[None, :], (e < E)[None, :], PARTS, part_stride, KIND)
-        to = slot * k_stride + kv_head * E + at[None, :]
-        tl.store(k_ptr + to, own_k1.to(k_ptr.dtype.element_ty), mask=own)
-        tl.store(k_ptr + to + half, own_k2.to(k_ptr.dtype.element_ty), mask=own)
-        tl.store(
-            v_ptr + slot * v_stride + kv_head * E + e[None, :], own_v.to(v_ptr.dtype.element_ty), mask=(e < E)[None, :]
-        )
-        kept1 = own_k1.to(k_ptr.dtype.element_ty).to(tl.float32)
-        kept2 = own_k2.to(k_ptr.dtype.element_ty).to(tl.float32)
-        score = (tl.sum(q1.to(tl.float32) * kept1, 1) + tl.sum(q2.to(tl.float32) * kept2, 1)) * scale
-        if CAP:
-            score = _capped(score, cap)
-        new_top = tl.maximum(top, score)
-        fade, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
-        total = total * fade + weight
-        acc = acc * fade[:, None] + weight.to(KIND).to(tl.float32)[:, None] * own_v
-        top = new_top
-
-    out_at = out_ptr + row.to(tl.int64) * (G * RATIO * E) + (kv_head * RATIO + m)[:, None] * E + e[None, :]
-    out_tile = (m < RATIO)[:, None] & (e < E)[None, :]
-    if SPLITS == 1:
+    if split == 0:
+        acc, top, total = _own_token(
+            acc, top, total, q1, q2, qkv_ptr, line + (RATIO * G + kv_head) * E, k_head + slot * k_stride,
+            v_head + slot * v_stride, cos, sin, k_norm_ptr, eps, scale, cap, part_stride, G, E, NORM, CAP, PARTS, KIND,
+        )  # fmt: skip
+    out_at = out_ptr + row.to(tl.int64) * (G * RATIO * E) + (kv_head * RATIO + m) * E + e
+    out_tile = (m < RATIO) & (e < E)
+    if SPLITS == 1 or used == 1:
         tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
     else:
-        first = (row.to(tl.int64) * G + kv_head) * SPLITS
-        if used == 1:
-            tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
-            return
-        tl.store(top_ptr + (first + split) * BLOCK_M + m, top)
-        tl.store(total_ptr + (first + split) * BLOCK_M + m, total)
-        cell = m[:, None] * BLOCK_E + e[None, :]
-        tl.store(acc_ptr + (first + split) * (BLOCK_M * BLOCK_E) + cell, acc)
-        tl.debug_barrier()  # every thread's share is written before the counter says so
-        if tl.atomic_add(arrived_ptr + row * G + kv_head, 1, sem="acq_rel") != used - 1:
-            return
-        s = tl.arange(0, SPLITS)
-        seen = (s < used)[:, None] & (m < RATIO)[None, :]
-        states = (first + s)[:, None] * BLOCK_M + m[None, :]
-        tops = tl.load(top_ptr + states, mask=seen, other=float("-inf"), cache_modifier=".cg")
-        best = tl.max(tops, 0)
-        best = tl.where(best == float("-inf"), 0.0, best)
-        totals = tl.load(total_ptr + states, mask=seen, other=0.0, cache_modifier=".cg")
-        whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
-        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-        for i in tl.range(0, used, loop_unroll_factor=4):
-            its_top = tl.load(top_ptr + (first + i) * BLOCK_M + m, cache_modifier=".cg")
-            one_share = tl.load(acc_ptr + (first + i) * (BLOCK_M * BLOCK_E) + cell, cache_modifier=".cg")
-            acc += one_share * tl.exp2(its_top - best)[:, None]
-        tl.store(out_at, (acc / whole[:, None]).to(KIND), mask=out_tile)
-        tl.store(arrived_ptr + row * G + kv_head, 0)
+        _merge_shares(acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_ptr + row * G + kv_head, out_at, out_tile,
+                      (row.to(tl.int64) * G + kv_head) * SPLITS, split, used, RATIO, SPLITS, KIND)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,71 @@
+"""Predicted against measured: the figures under benchmarks/results/h100, each within 15 %."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from septet.advisor.capacity import fitting
+from septet.advisor.estimate import Estimator, Work
+from septet.advisor.hardware import hardware, model_shape
+from septet.errors import InvalidRequest
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100"
+FILES = sorted(RESULTS.glob("septet-*.json"))
+
+
+def predicted(name: str, model: Estimator) -> float | None:
+    """Figures whose steps are known without scheduling."""
+    if name == "w1_tpot_ms":
+        return 1e3 * model.step_s(Work.of([256], []))
+    if name == "w7_prefill_tok_s":
+        return 8192 / model.step_s(Work.of([], [(0, 4096)] * 2))
+    if name.startswith("w2_b"):
+        rows = int(name.split("_")[1][1:])
+        prompts = rows * 128 / 8192
+        first = prompts * model.step_s(Work.of([], [(0, 128)] * 64))
+        return rows * 256 / (first + 255 * model.step_s(Work.of([256] * rows, [])))
+    return None
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_measured_figures_are_predicted_within_15_percent(shape: str) -> None:
+    runs = [json.loads(path.read_text())["figures"] for path in FILES if f"-{shape}-" in path.name]
+    config, _ = model_shape(f"llama-{shape}")
+    model = Estimator(config, hardware("h100"))
+    errors = {}
+    for name in runs[0]:
+        guess = predicted(name, model)
+        if guess is not None:
+            errors[name] = guess / statistics.mean(run[name] for run in runs) - 1
+    print({name: f"{error:+.1%}" for name, error in errors.items()})
+    assert len(errors) == 6
+    assert {name: error for name, error in errors.items() if abs(error) > 0.15} == {}
+
+
+def test_memory_is_what_the_engine_allocated() -> None:
+    """An 8B shape on an H100, as the engine said when it started: weights 15,316 MiB, slots 431,724."""
+    config, _ = model_shape("llama-8b")
+    model = Estimator(config, hardware("h100"))
+    assert model.weight_bytes / 2**20 == pytest.approx(15316, rel=0.001)
+    sizes = fitting(model, max_num_seqs=256, max_model_len=16384, max_num_batched_tokens=8192)
+    assert sizes == pytest.approx(431_724, rel=0.03)
+
+
+def test_more_devices_and_smaller_weights_are_faster_and_a_link_costs() -> None:
+    config, _ = model_shape("llama-70b")
+    card = hardware("h100")
+    work = Work.of([1024] * 32, [(0, 512)])
+    times = [Estimator(config, card, "bf16", tp).step_s(work) for tp in (2, 4, 8)]
+    assert times[0] > times[1] > times[2] > times[0] / 4
+    assert Estimator(config, card, "fp8", 4).step_s(work) < times[1]
+
+
+def test_unknown_names_are_told_with_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest, match="h100"):
+        hardware("abacus")
+    with pytest.raises(InvalidRequest, match="llama-70b"):
+        model_shape("no-such-model")
