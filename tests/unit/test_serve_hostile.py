@@ -15,6 +15,7 @@ from tests.unit.test_serve_openai import CHAT, HI, TEXT, app_of, ask
 
 BODIES = {CHAT: HI, TEXT: {"prompt": "hi"}}
 ROUTES = [CHAT, TEXT]
+MORE = ["/v1/responses", "/v1/embeddings", "/v1/batches", "/tokenize", "/detokenize"]  # same reader of bodies
 JSON = {"content-type": "application/json"}
 
 
@@ -34,7 +35,7 @@ def refused(path: str, status: int = 400, settings: dict[str, Any] | None = None
     return error
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", [*ROUTES, *MORE])
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -61,7 +62,7 @@ def test_json_that_is_none(path: str, body: bytes, words: str) -> None:
     assert words in refused(path, content=body, headers=JSON)["message"]
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", [*ROUTES, *MORE])
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -78,7 +79,7 @@ def test_headers_of_the_body(path: str, headers: dict[str, str], status: int) ->
     refused(path, status, content=b"{}", headers=headers)
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", [*ROUTES, *MORE])
 def test_body_without_a_length_is_cut_off_while_it_streams(path: str) -> None:
     sent = 0
 
@@ -106,7 +107,7 @@ def test_a_long_text_is_not_many_values() -> None:
     assert error["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", [*ROUTES, *MORE])
 def test_slow_body_times_out(path: str) -> None:
     async def slow() -> Any:
         yield b"{"
