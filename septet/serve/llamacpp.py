@@ -22,6 +22,7 @@ from septet.serve.fields import CHAT, MESSAGES, Fields, schema_of, table
 from septet.serve.generation import generate
 from septet.serve.llamacpp_call import COMPLETION_SCHEMA, DEFAULTS, parse_completion
 from septet.serve.llamacpp_shape import Completion, chosen_fields
+from septet.serve.models import default_card
 from septet.serve.operations import ready
 from septet.serve.sse import until_gone
 from septet.session.embed import embed
@@ -82,7 +83,7 @@ async def _answer(service: Service, call: CompletionCall, reply: Reply) -> None:
         prompts = [await _prompt(session, pieces) for pieces in call.prompts]
         texts = [session.tokenizer.decode(prompt.tokens, skip_special_tokens=False) for prompt in prompts]
         params = replace(call.params, logit_bias=await _bias(session, call.bias))
-        model, n, limit = call.model or service.names[0], params.n, session.limits.max_model_len
+        model, n, limit = call.model or default_card(service.models).name, params.n, session.limits.max_model_len
         made = [
             Completion(call, i * n + k, prompt, text, model, limit)
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
@@ -148,13 +149,17 @@ async def set_props(service: Service, scope: Scope, receive: Receive, reply: Rep
 
 
 async def slots(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    """The places of the batch, those of running requests first. Which request has which is not told."""
-    async with service.models.use(_asked(scope, "model")) as session:
-        n, limit = session.client.info.max_num_seqs, session.limits.max_model_len
-        try:
-            stats = await asyncio.wait_for(session.client.stats(), service.settings.stats_timeout_s)
-        except TimeoutError:
-            raise EngineDead("the engine does not answer") from None
+    """The places of a loaded model's batch, those of running requests first; nothing is loaded to tell them."""
+    wanted = _asked(scope, "model")
+    session = next((s for s in service.models.loaded() if wanted in (None, service.label(s))), None)
+    if session is None:
+        await reply.json([])
+        return
+    n, limit = session.client.info.max_num_seqs, session.limits.max_model_len
+    try:
+        stats = await asyncio.wait_for(session.client.stats(), service.settings.stats_timeout_s)
+    except TimeoutError:
+        raise EngineDead("the engine does not answer") from None
     if _asked(scope, "fail_on_no_slot") and stats.running >= n:
         raise HttpError(503, "no slot is free")
     await reply.json([_slot(i, limit, processing=i < stats.running) for i in range(n)])

@@ -85,6 +85,14 @@ class Models(Protocol):
     async def close(self) -> None: ...
 
 
+def default_card(models: Models) -> ModelCard:
+    """What a request that names no model gets. ModelNotFound where there is none at all."""
+    card = next(iter(models.cards()), None)
+    if card is None:
+        raise ModelNotFound("this server has no model; pull one: septet pull smollm2", param="model")
+    return card
+
+
 def not_found(name: str, known: Sequence[str]) -> ModelNotFound:
     shown = name if len(name) <= 120 else name[:117] + "..."
     here = f"this server has {', '.join(known)}" if known else "no model is pulled yet"

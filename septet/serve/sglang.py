@@ -18,6 +18,7 @@ from septet.serve.dialect import Claim, Dialect
 from septet.serve.errors import HttpError
 from septet.serve.fields import PROMPT, Fields, schema_of
 from septet.serve.generation import generate as generated
+from septet.serve.models import default_card
 from septet.serve.sglang_call import ENCODE, GENERATE_SCHEMA, parse_generate, prompts_of
 from septet.serve.sglang_shape import Output
 from septet.serve.sse import until_gone
@@ -96,7 +97,7 @@ async def _vectors(
 
 # -- the server -------------------------------------------------------------------------------------------------------
 async def model_info(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    name = service.names[0]
+    name = default_card(service.models).name
     told: dict[str, Any] = {"model_path": name, "tokenizer_path": name, "is_generation": True}
     told |= {"preferred_sampling_params": None, "weight_version": "default"}
     await reply.json(told | {"has_image_understanding": False, "has_audio_understanding": False})
@@ -104,8 +105,8 @@ async def model_info(service: Service, scope: Scope, receive: Receive, reply: Re
 
 async def server_info(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     """Of the default model; its engine's settings once it is loaded."""
-    loaded = service.models.loaded()
-    told: dict[str, Any] = {"model_path": service.names[0], "served_model_name": service.names[0]}
+    loaded, name = service.models.loaded(), default_card(service.models).name
+    told: dict[str, Any] = {"model_path": name, "served_model_name": name}
     told |= {"version": septet.__version__, "internal_states": []}
     if loaded:
         info = loaded[0].client.info

@@ -21,6 +21,7 @@ from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import HttpError, error_body, headers_of
 from septet.serve.fields import CHAT, MESSAGES, schema_of
 from septet.serve.generation import generate
+from septet.serve.models import default_card
 from septet.serve.sse import until_gone
 from septet.serve.tgi_call import GENERATE_SCHEMA, MAX_BEST_OF, parse_generate
 from septet.serve.tgi_shape import Answer, simple_tokens
@@ -190,7 +191,7 @@ def _max_tokens(session: Session, call: GenerateCall, prompt: Prompt) -> int | N
 
 # -- info and tokens --------------------------------------------------------------------------------------------------
 async def info(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    card = service.models.cards()[0]
+    card = default_card(service.models)
     length = card.max_model_len
     loaded = service.models.loaded()
     engine = loaded[0].client.info if loaded else None

@@ -142,6 +142,7 @@ def test_props_and_slots() -> None:
     slots = ask(app, "GET", "/slots").json()
     assert [s["is_processing"] for s in slots] == [True] * 2 + [False] * 6
     assert ask(app, "GET", "/slots?fail_on_no_slot=1").status_code == 200
+    assert ask(app, "GET", "/slots?model=other").json() == []
     assert ask(app, "GET", "/lora-adapters").json() == []
     assert ask(app, "GET", "/v1/health").json() == {"status": "ok"}
     for method, path in (("POST", "/props"), ("POST", "/slots/0?action=erase")):

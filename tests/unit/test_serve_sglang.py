@@ -9,12 +9,17 @@ import pytest
 
 from septet.engine.messages import Update
 from septet.request import FinishReason
-from tests.fakes import EOS, FakeClient
+from septet.serve.app import Service, Settings, create_app
+from septet.serve.models import FixedModels
+from tests.fakes import EOS, FakeClient, session
 from tests.unit.test_parsers_chat import SCHEMA, Teachable
 from tests.unit.test_serve_openai import app_of, ask, events_of
 
 if TYPE_CHECKING:
     import httpx
+
+    from septet.serve.models import ModelCard
+    from septet.session.session import Session
 
 PATH = "/generate"
 
@@ -129,6 +134,21 @@ def test_info() -> None:
         refused = ask(app, method, path)
         assert refused.status_code == 501
         assert path[1:] in refused.json()["error"]["message"]
+
+
+def test_a_server_without_a_model_says_so() -> None:
+    class NoModels(FixedModels):
+        def cards(self) -> list[ModelCard]:
+            return []
+
+        def loaded(self) -> list[Session]:
+            return []
+
+    app = create_app(Service(NoModels(session()), Settings()))
+    for path in ("/get_model_info", "/get_server_info", "/info"):
+        refused = ask(app, "GET", path)
+        assert (refused.status_code, "septet pull" in refused.text) == (404, True)
+    assert ask(app, "GET", "/slots").json() == []
 
 
 def test_a_body_of_nobody_is_told_what_there_is() -> None:
