@@ -23,6 +23,7 @@ using F8 = __m256;
 using I8 = __m256i;
 
 constexpr int DIRECT = 4;                   // tokens up to which decoding in registers wins
+constexpr int DIRECT_BYTES = 8;             // the same for int8 weights, where a panel saves less
 constexpr int64_t CHUNK_BYTES = 192 << 10;  // of quantised input that a panel's pass should find in L2
 constexpr int64_t AHEAD = 4096;             // bytes of prefetch in the stream of weights
 constexpr float TINY = 1e-30f;              // a block of smaller numbers counts as zero: 127 / it could overflow
@@ -345,7 +346,7 @@ void tile_any(const PanelBlock* panel, const QuantInput& qx, int64_t t, int64_t 
 template <Form F>
 void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
   alignas(64) float c[4 * GROUP];
-  void* memory = t_count > DIRECT ? thread_scratch(qx.blocks * static_cast<int64_t>(sizeof(PanelBlock))) : nullptr;
+  void* memory = t_count > (Traits<F>::bytes ? DIRECT_BYTES : DIRECT) ? thread_scratch(qx.blocks * static_cast<int64_t>(sizeof(PanelBlock))) : nullptr;
   if (!memory) {  // few tokens, or no memory for a panel
     for (int64_t g = g0; g < g1; g++)
       for (int64_t t = 0; t < t_count; t += 4) {
