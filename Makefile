@@ -43,7 +43,7 @@ format: dev  ## let ruff format and mend
 	@$(BIN)/ruff check --fix .
 
 test: dev  ## unit, cpu, contract and end-to-end tests
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/cpu
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
