@@ -250,6 +250,8 @@ def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | 
 
     shapes = Shapes.of(sizes.max_num_seqs, sizes.max_model_len, sizes.max_num_batched_tokens)
     graphs = StepGraphs(runner, model, shapes, CudaCapture())
+    if rehearsal is not None:
+        graphs.compiled = rehearsal.over
     try:
         graphs.capture_first()
     except RuntimeError as error:
@@ -257,5 +259,5 @@ def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | 
         return f"steps could not be captured: {type(error).__name__}"
     runner.graphs = graphs
     if rehearsal is not None:
-        graphs.compiled = rehearsal.over
+        rehearsal.go_on()
     return ""

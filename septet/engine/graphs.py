@@ -157,7 +157,7 @@ class StepGraphs:
         for shape in self.shapes.first():
             self._capture(shape)
         began = last = time.monotonic()
-        while self._todo and last - began < EAGER_S:
+        while self._todo and self.compiled() and last - began < EAGER_S:
             shape = self._todo.pop(0)
             if shape not in self.captured:
                 self._capture(shape)

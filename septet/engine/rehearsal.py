@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from septet.quant.none import Dense
 from septet.quant.scheme import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -72,70 +72,62 @@ def kernel_directory(card: str) -> Path | None:
 
 
 class Rehearsal:
-    """At work from the constructor on; `finish` waits for what the first steps need, the rest goes on behind traffic.
-    With a `directory` in which the same rehearsal has ended once, there is nothing to do: the kernels are read from
-    there when they are launched."""
+    """Two parts: what the first steps need, at work from the constructor on until `finish`, and what the other captured
+    steps will need, behind traffic after `go_on`. A part that has ended once leaves a stamp in `directory` and is left
+    out from then on: its kernels are read from there when they are launched."""
 
     def __init__(
         self, config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, directory: Path | None
     ) -> None:
+        self._what = (config, ops, dtype, shapes)
         self._stamp = directory / f"rehearsed-{_digest(config, dtype, shapes)}" if directory else None
         self._cancelled = False
-        self._known: list[str] = []
-        self._first: Future[list[Future[bool]]] | None = None
-        self._later: Future[None] | None = None
         self._pool = ThreadPoolExecutor(max(2, min(usable_cpus(), MAX_THREADS)), thread_name_prefix="kernels")
-        if self._stamp is None or not self._stamp.exists():
-            prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
-            first, later = [*shapes.first(), *prompts], [s for s in shapes.usual() if s not in shapes.first()]
-            self._first = self._pool.submit(self._compile, config, ops, dtype, shapes, first, {})
-            self._later = self._pool.submit(self._finish_later, config, ops, dtype, shapes, later)
+        prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
+        self._first = self._begin("first", [*shapes.first(), *prompts])
+        self._later: Future[int] | None = None
 
-    def _compile(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        dtype: torch.dtype,
-        shapes: Shapes,
-        steps: Sequence[Shape],
-        known: Container[str],
-    ) -> list[Future[bool]]:
-        """Start compiling what these steps need beside what is `known`."""
-        needed = needed_kernels(config, ops, dtype, shapes, steps)
-        self._known = [data for _, data in needed]
-        return [self._pool.submit(self._preload, kernel, data) for kernel, data in needed if data not in known]
+    def _begin(self, part: str, steps: Sequence[Shape]) -> Future[int] | None:
+        if self._done(part):
+            return None
+        return self._pool.submit(self._compile, part, steps)
+
+    def _done(self, part: str) -> bool:
+        return self._stamp is not None and self._stamp.with_name(f"{self._stamp.name}-{part}").exists()
+
+    def _compile(self, part: str, steps: Sequence[Shape]) -> int:
+        """-> kernels that are ready. One that can't be compiled is left to its first launch."""
+        ready = 0
+        try:
+            needed = needed_kernels(*self._what, steps)
+            for future in [self._pool.submit(self._preload, kernel, data) for kernel, data in needed]:
+                ready += future.result()
+            if self._stamp is not None and not self._cancelled:
+                self._stamp.with_name(f"{self._stamp.name}-{part}").touch()
+        except Exception as error:
+            log.warning("not all kernels could be compiled ahead: %s: %s", type(error).__name__, error)
+        return ready
 
     def _preload(self, kernel: Any, data: str) -> bool:
         if not self._cancelled:
             kernel.preload(data)
         return not self._cancelled
 
-    def _finish_later(
-        self, config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, steps: Sequence[Shape]
-    ) -> None:
-        """After the first steps' kernels: those of the steps that are captured behind traffic, then the stamp."""
-        assert self._first is not None
-        try:
-            first = self._first.result()
-            later = self._compile(config, ops, dtype, shapes, steps, {*self._known})
-            whole = all(map(Future.result, (*first, *later)))
-            if self._stamp is not None and whole:
-                self._stamp.touch()
-        except Exception as error:
-            log.warning("not all kernels could be compiled ahead: %s: %s", type(error).__name__, error)
-        self._pool.shutdown(wait=False)
-
     def finish(self) -> int:
-        """-> kernels that were compiled for the first steps. One that could not be is left to its first launch."""
-        ready = 0
-        with suppress(Exception):  # told by `_finish_later`
-            for future in self._first.result() if self._first is not None else []:
-                ready += future.result()
-        return ready
+        """Wait for the first part -> its kernels."""
+        return self._first.result() if self._first is not None else 0
+
+    def go_on(self) -> None:
+        """The first steps are captured: now the rest."""
+        self._later = self._begin("all", self._what[-1].usual())
+        if self._later is None:
+            self._pool.shutdown(wait=False)
+        else:
+            self._later.add_done_callback(lambda _: self._pool.shutdown(wait=False))
 
     def over(self) -> bool:
-        """Whether nothing is being compiled any more."""
-        return self._later is None or self._later.done()
+        """Whether nothing is left to be compiled."""
+        return self._later.done() if self._later is not None else self._done("all")
 
     def cancel(self) -> None:
         """Nobody needs the rest any more."""
