@@ -13,9 +13,16 @@ from torch import Tensor
 from septet.kernels import ggml
 from septet.kernels.ops import LayerKV, Layout, Ops
 
-__all__ = ["ReferenceOps"]
+__all__ = ["ReferenceOps", "mask_rows"]
 
 _M32 = 0xFFFFFFFF
+FEW_WORDS = 256  # of a mask: up to so many with a bit set, tokens are picked out one by one
+_BITS = np.arange(32, dtype=np.uint32)
+
+# For each byte of a mask, what to do with the bits of 8 logits: keep them all, or make them those of -inf.
+_ALLOWED = (np.arange(256)[:, None] >> np.arange(8)) & 1 == 1
+_KEPT = np.where(_ALLOWED, 0xFFFFFFFF, 0).astype(np.uint32)
+_FORBIDDEN = np.where(_ALLOWED, 0, 0xFF800000).astype(np.uint32)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -193,13 +200,30 @@ class ReferenceOps(Ops):
 
 def _masked_on_host(logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
     """`apply_mask` without torch's threads: starting a team of them would cost more than the work."""
-    out = logits.float().numpy().copy()
-    forbidden = ~mask.contiguous().numpy()
-    for row, at in zip(out, line.tolist(), strict=True):
-        if at >= 0:
-            bits = np.unpackbits(forbidden[at].view(np.uint8), count=len(row), bitorder="little").view(np.bool_)
-            np.copyto(row, -np.inf, where=bits)
+    given = logits.float().numpy()
+    out = np.empty_like(given)
+    mask_rows(given, mask.contiguous().numpy(), line.tolist(), out)
     return torch.from_numpy(out)
+
+
+def mask_rows(logits: np.ndarray, mask: np.ndarray, lines: list[int], out: np.ndarray) -> None:
+    """logits and out (S, V) float32, mask (C, words) int32. Where few tokens are allowed, only these are touched."""
+    vocab = logits.shape[1]
+    for row, at, to in zip(logits, lines, out, strict=True):
+        if at < 0:
+            to[:] = row
+            continue
+        words = mask[at, : (vocab + 31) // 32].view(np.uint32)
+        some = np.flatnonzero(words)
+        if len(some) <= FEW_WORDS:
+            tokens = (32 * some[:, None] + _BITS)[(words[some, None] >> _BITS) & 1 == 1]
+            tokens = tokens[tokens < vocab]
+            to.fill(-np.inf)
+            to[tokens] = row[tokens]
+        else:
+            groups, target = words.view(np.uint8), to.view(np.uint32)
+            np.bitwise_and(row.view(np.uint32), _KEPT[groups].reshape(-1)[:vocab], out=target)
+            np.bitwise_or(target, _FORBIDDEN[groups].reshape(-1)[:vocab], out=target)
 
 
 def _visible(positions: Tensor, at: Tensor, window: int | None) -> Tensor:

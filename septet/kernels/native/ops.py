@@ -8,11 +8,12 @@ from __future__ import annotations
 from ctypes import c_int, c_int64, c_void_p
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from septet.errors import OutOfMemory
 from septet.kernels.native.library import PATHS, signature
-from septet.kernels.reference import ReferenceOps
+from septet.kernels.reference import ReferenceOps, mask_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,16 @@ class NativeOps(ReferenceOps):
         self._library = library
         self._pool = pool
         self._path = PATHS.index(path)
+        self._masked = np.empty((0, 0), dtype=np.float32)
+
+    def apply_mask(self, logits: Tensor, mask: Tensor, line: Tensor) -> Tensor:
+        """Into memory of its own, valid until the next call: fresh pages would cost more than the work."""
+        given = logits.float().numpy()
+        if self._masked.shape[0] < len(given) or self._masked.shape[1:] != given.shape[1:]:
+            self._masked = np.empty_like(given)
+        out = self._masked[: len(given)]
+        mask_rows(given, mask.contiguous().numpy(), line.tolist(), out)
+        return torch.from_numpy(out)
 
     def filter_logits(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int
