@@ -131,6 +131,10 @@ def build_engine(config: EngineConfig) -> Engine:
     if config.model.startswith(ECHO):
         executor, info = _build_echo(config)
     else:
+        if config.device in ("auto", "cuda"):
+            from septet.engine.wake import wake_gpu
+
+            wake_gpu()
         from septet.engine.build import build_executor
         from septet.engine.grammars import Grammars
 

@@ -1,0 +1,31 @@
+"""The GPU's context, made while Python imports torch: each takes its time, and neither needs the other.
+
+Called by `process.py` before the model comes in. Standard library only; what fails here is left to torch to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+
+__all__ = ["wake_gpu"]
+
+
+def wake_gpu() -> threading.Thread:
+    """Begin to make the primary context of the first visible GPU, if there is one; torch takes that same context."""
+    thread = threading.Thread(target=_retain_primary_context, name="wake-gpu", daemon=True)
+    thread.start()
+    return thread
+
+
+def _retain_primary_context(library: str = "libcuda.so.1") -> bool:
+    with contextlib.suppress(OSError, AttributeError):
+        cuda = ctypes.CDLL(library)  # calls release the interpreter's lock
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        return (
+            cuda.cuInit(0) == 0
+            and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+            and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+        )
+    return False
