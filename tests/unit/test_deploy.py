@@ -100,3 +100,12 @@ def test_labels_tell_models_apart() -> None:
     text = metrics.render().decode()
     for model in ("one", "two"):
         assert f'vllm:request_prompt_tokens_count{{engine="0",model_name="{model}"}} 1.0' in text
+
+
+def test_every_test_that_the_security_page_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    named = re.findall(r"(tests/[a-z_0-9/]+\.py)(?:::(\w+))?", (root / "docs/security.md").read_text())
+    assert len(named) > 50
+    for file, test in named:
+        text = (root / file).read_text()
+        assert not test or re.search(rf"^(?:async )?def {test}\(", text, re.MULTILINE), f"{file}::{test}"
