@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "key": ("septet.cli.keys:key", "Make an API key for the server."),
     "doctor": ("septet.cli.doctor:doctor", "Show the machine, the kernels it gets, and what speed to expect."),
     "plan": ("septet.cli.plan:plan", "Plan capacity: devices, arrangement and cost for so many users."),
+    "simulate": ("septet.cli.simulate:simulate", "Simulate a workload on a fleet, with the real scheduler."),
     "create": ("septet.cli.create:create", "Create a model from a Modelfile."),
     "ps": ("septet.cli.remote:ps", "List the models that a running server has loaded."),
     "stop": ("septet.cli.remote:stop", "Unload a model from a running server."),

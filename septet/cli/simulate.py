@@ -1,0 +1,90 @@
+"""`septet simulate MODEL`: the real scheduler and cache over a virtual clock, for a trace or an arrival process."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["simulate"]
+
+
+@click.command()
+@click.argument("model")
+@click.option("--hardware", "machine", default="h100", show_default=True, help="Machine (septet plan --list-hardware).")
+@click.option("--quant", type=click.Choice(["bf16", "fp8", "int8", "int4"]), default="bf16", show_default=True)
+@click.option("--tp", type=int, default=1, show_default=True, help="Devices that share each layer.")
+@click.option("--replicas", type=int, default=1, show_default=True)
+@click.option("--router", type=click.Choice(["round-robin", "least-loaded", "prefix"]), default="least-loaded",
+              show_default=True)  # fmt: skip
+@click.option("--prefill-replicas", type=int, default=0, show_default=True, help="Prefill apart from decode.")
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", "caching", default=True, show_default=True)
+@click.option("--chunked-prefill/--no-chunked-prefill", "chunked", default=True, show_default=True)
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON lines: timestamp, "
+              "input_length, output_length, prefix_id, prefix_length.")  # fmt: skip
+@click.option(
+    "--time-scale", type=float, default=1.0, show_default=True, help="Of timestamps: 0.001 where they are ms."
+)
+@click.option("--requests", type=int, default=1000, show_default=True, help="Without a trace: how many.")
+@click.option("--rate", type=float, default=10.0, show_default=True, help="Requests a second (Poisson).")
+@click.option("--burst", type=float, default=1.0, show_default=True, help="Rate of busy phases over quiet ones.")
+@click.option("--prompt", type=int, default=512, show_default=True, help="Mean tokens, the prefix not counted.")
+@click.option("--output", type=int, default=128, show_default=True, help="Mean tokens.")
+@click.option("--prefix", type=int, default=0, show_default=True, help="Shared tokens before each prompt.")
+@click.option("--groups", type=int, default=1, show_default=True, help="Different prefixes.")
+@click.option("--ttft", type=float, default=500.0, show_default=True, help="Target in ms, for goodput.")
+@click.option("--tpot", type=float, default=50.0, show_default=True, help="Target in ms, for goodput.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **given: Any) -> None:
+    """Simulate serving MODEL (a known shape, a .gguf file or a directory with config.json).
+
+    \b
+    septet simulate llama-8b --rate 20 --requests 2000 --prefix 1024 --groups 8
+    """
+    from septet.advisor.arrivals import Lengths, poisson, read_trace
+    from septet.advisor.capacity import fitting
+    from septet.advisor.estimate import Estimator
+    from septet.advisor.hardware import hardware, model_shape
+    from septet.advisor.simulate import Fleet
+    from septet.advisor.simulate import simulate as run
+    from septet.advisor.summary import summarise
+
+    config, weights = model_shape(model)
+    card = hardware(machine)
+    step_model = Estimator(config, card, quant, tp, weights)
+    if given["trace"] is not None:
+        arrivals = read_trace(given["trace"], scale=given["time_scale"])
+    else:
+        lengths = Lengths(
+            prompt=given["prompt"], output=given["output"], prefix=given["prefix"], groups=given["groups"]
+        )
+        arrivals = list(poisson(given["requests"], given["rate"], lengths, given["seed"], given["burst"]))
+    longest = max(a.prompt + a.output for a in arrivals)
+    slots = fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192)
+    fleet = Fleet(
+        step_model=step_model,
+        kv_slots=slots,
+        max_model_len=longest + 1,
+        replicas=given["replicas"],
+        router=given["router"],
+        prefix_caching=given["caching"],
+        chunked_prefill=given["chunked"],
+        prefill_replicas=given["prefill_replicas"],
+        hand_over_s=step_model.kv_bytes / (card.link_gb_s * 1e9),
+        seed=given["seed"],
+    )
+    began = time.perf_counter()
+    outcome = run(fleet, arrivals)
+    took = time.perf_counter() - began
+    found = summarise(outcome, ttft_ms=given["ttft"], tpot_ms=given["tpot"], usd_per_hour=tp * card.usd_per_hour)
+    if as_json:
+        click.echo(json.dumps({**found.data(), "simulated_in_s": took, "steps": outcome.steps}, indent=1))
+        return
+    click.echo(f"{model} on {outcome.replicas} x {tp} {card.title}, {quant}, {slots:,} KV tokens each")
+    click.echo("\n".join(found.lines()))
+    fitted = "fitted to measurements" if card.measured and tp == 1 and quant == "bf16" else "arithmetic"
+    click.echo(f"  simulated in {took:.1f} s ({outcome.steps:,} steps); step times are {fitted}")
