@@ -14,7 +14,7 @@ import zlib
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from septet.advisor.estimate import Work
 from septet.engine.scheduler import Scheduler, SchedulerLimits
@@ -204,7 +204,9 @@ class Simulation:
         params = SamplingParams(temperature=0.0, max_tokens=1 if apart else arrival.output, ignore_eos=True, seed=0)
         salt = "" if self.fleet.prefix_caching else name
         try:
-            replica.scheduler.submit(Request(id=name, tokens=tokens, params=params, cache_salt=salt))
+            replica.scheduler.submit(
+                Request(id=name, tokens=cast("tuple[int, ...]", tokens), params=params, cache_salt=salt)
+            )
         except InvalidRequest as error:
             served.refused = error.message
             return
