@@ -26,6 +26,7 @@ __all__ = ["main"]
 TEXT = "the river runs past the old stone bridge while seven engines hum in the valley and the light goes down "
 LEAVE, BAD, SCHEMA = 0.05, 0.03, 0.05  # shares of the requests
 SETTLE_S = 3.0
+FLAGS = "--kernels native --max-num-seqs 256 --num-kv-slots 16384"  # a pool that is touched whole within a minute
 GRACE_S = 240.0  # for the streams that are open when the time is over
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -227,7 +228,7 @@ def main() -> int:
     parser.add_argument("--max-growth", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", help="write the figures there")
-    parser.add_argument("--flags", default="--kernels native --max-num-seqs 256 --num-kv-slots 16384", help="more flags of septet serve")
+    parser.add_argument("--flags", default=FLAGS, help="more flags of septet serve")
     options = parser.parse_args()
     popen, root = start(options.model, options.flags.split())
     try:
