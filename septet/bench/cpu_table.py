@@ -5,15 +5,18 @@
 
 Each round runs the sides on each file, alternating who goes first, each in a process of its own; the table shows
 medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
-beside it. Files in other block types are made from the catalogue's by llama.cpp's quantiser (speed tests only). vLLM
-reads no such files: it runs a dense model of the same shape (bf16, or float32 where the CPU has no bf16). `--add` adds
-rounds to those that PATH holds.
+beside it, and others' CPU the share of the machine that other programs took meanwhile: figures of a busy machine say
+little, least of all of spinning threads. Files in other block types are made from the catalogue's by llama.cpp's
+quantiser (speed tests only). vLLM reads no such files: it runs a dense model of the same shape (bf16, or float32 where
+the CPU has no bf16). `--add` adds rounds to those that PATH holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,6 +53,7 @@ class Entry:
 
     n_bytes: int  # of weights, read per token
     probe_gb_s: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)  # share of the CPUs that other programs took meanwhile
     sides: dict[str, Values] = field(default_factory=dict)
 
     def median(self, side: str, figure: str) -> float | None:
@@ -79,6 +83,32 @@ def run_json(command: list[str]) -> dict[str, float]:
         raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-400:]}")
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
+
+
+class Neighbours:
+    """What other programs take of the machine's CPUs while a block runs our processes one after the other (Linux)."""
+
+    def __enter__(self) -> Neighbours:
+        self.began, self.all, self.ours = time.perf_counter(), _busy_s(), _children_s()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall = (time.perf_counter() - self.began) * (os.cpu_count() or 1)
+        self.share = max(0.0, (_busy_s() - self.all) - (_children_s() - self.ours)) / wall
+
+
+def _busy_s() -> float:
+    """CPU seconds that all processes together have had since boot; 0 where that is not told."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except (OSError, ValueError):
+        return 0.0
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def seconds_of(command: list[str]) -> float:
@@ -136,7 +166,10 @@ def one_round(entry: Entry, path: Path, sides: list[str], peers: Peers, folder: 
 
     for side in sides:
         entry.probe_gb_s.append(round(bandwidth_gb_s(256 << 20, 3), 2))
-        entry.note(side, figures_of(side, path, peers, folder))
+        with Neighbours() as neighbours:
+            figures = figures_of(side, path, peers, folder)
+        entry.others.append(round(neighbours.share, 3))
+        entry.note(side, figures)
 
 
 def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> Iterator[tuple[str, int]]:
@@ -157,8 +190,8 @@ def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -
 # -- the table --------------------------------------------------------------------------------------------------------
 def table(entries: dict[str, Entry]) -> str:
     lines = [
-        "| file | workload | Septet | llama.cpp | ratio | vLLM, dense | ratio | of the bandwidth |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| file | workload | Septet | llama.cpp | ratio | vLLM, dense | ratio | of the bandwidth | others' CPU |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     vllm = entries.get(VLLM_MODEL, Entry(0))
     for label, entry in entries.items():
@@ -170,7 +203,8 @@ def table(entries: dict[str, Entry]) -> str:
             cells = [_cell(ours), _cell(theirs), _ratio(ours, theirs, name), _cell(third), _ratio(ours, third, name)]
             probe = statistics.median(entry.probe_gb_s)
             share = f"{ours * entry.n_bytes / 1e9 / probe:.0%} of {probe:.0f} GB/s" if name == "tg128" else ""
-            lines.append(f"| {label} | {title} | {' | '.join(cells)} | {share} |")
+            busy = f"{statistics.median(entry.others):.0%}" if name == "tg128" and entry.others else ""
+            lines.append(f"| {label} | {title} | {' | '.join(cells)} | {share} | {busy} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from septet.bench.cpu_table import Entry, read, table
+from septet.bench import cpu_table
+from septet.bench.cpu_table import Entry, Neighbours, read, table
 from septet.bench.http_load import Side, ask_server, line, row_of, through_server
 from septet.bench.perplexity import cut, perplexity
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_rounds_add_up_and_the_table_shows_medians(tmp_path: Path) -> None:
-    entry = Entry(n_bytes=100_000_000, probe_gb_s=[20.0, 30.0, 40.0])
+    entry = Entry(n_bytes=100_000_000, probe_gb_s=[20.0, 30.0, 40.0], others=[0.0, 0.5, 0.1])
     for rate in (100.0, 300.0, 210.0):
         entry.note("septet", {"tg128": rate, "cold_s": 1.0})
         entry.note("llama_cpp", {"tg128": rate / 3, "cold_s": 0.5})
@@ -32,8 +33,8 @@ def test_rounds_add_up_and_the_table_shows_medians(tmp_path: Path) -> None:
     assert runs == [{"commit": "abc"}]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(entries).splitlines()[2:]]
     speed, cold = rows
-    assert speed[2:] == ["210", "70", "3.00x", "21", "10.00x", "70% of 30 GB/s"]
-    assert cold[2:] == ["1.00", "0.50", "0.50x", "60", "60.00x", ""]
+    assert speed[2:] == ["210", "70", "3.00x", "21", "10.00x", "70% of 30 GB/s", "10%"]
+    assert cold[2:] == ["1.00", "0.50", "0.50x", "60", "60.00x", "", ""]
 
 
 def test_what_the_server_costs_is_the_median_of_the_rounds() -> None:
@@ -63,6 +64,17 @@ def test_load_clients_read_whole_streams_and_count_their_tokens() -> None:
     finally:
         server.terminate()
         server.wait(20)
+
+
+def test_neighbours_are_those_who_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four seconds of two CPUs, busy for six CPU seconds, two of them our children's."""
+    for name, values in (("_busy_s", (10.0, 16.0)), ("_children_s", (1.0, 3.0))):
+        monkeypatch.setattr(cpu_table, name, iter(values).__next__)
+    monkeypatch.setattr(cpu_table.time, "perf_counter", iter((0.0, 4.0)).__next__)
+    monkeypatch.setattr(cpu_table.os, "cpu_count", lambda: 2)
+    with Neighbours() as neighbours:
+        pass
+    assert neighbours.share == pytest.approx(0.5)
 
 
 class Letters:
