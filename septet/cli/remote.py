@@ -84,7 +84,7 @@ def _ask(server: str, method: str, path: str, body: Any = None) -> Any:
     finally:
         connection.close()
     if response.status >= 400:
-        error = told.get("error") if isinstance(told, dict) else None
-        words = error.get("message") if isinstance(error, dict) else error
+        said = told.get("error") if isinstance(told, dict) else None
+        words = said.get("message") if isinstance(said, dict) else said
         raise SeptetError(f"the server refused: {words or response.status}")
     return told

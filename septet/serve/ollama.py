@@ -86,7 +86,10 @@ async def _answer(service: Service, call: GenerateCall | ChatCall, reply: Reply,
             return
         clock.mark_loaded()
         _check_thinking(session, call)
-        prompt = await (_generate_prompt if isinstance(call, GenerateCall) else _chat_prompt)(session, call)  # type: ignore[operator]
+        if isinstance(call, GenerateCall):
+            prompt = await _generate_prompt(session, call)
+        else:
+            prompt = await _chat_prompt(session, call)
         answer = Answer(
             call.model, chat=is_chat, clock=clock, prompt=prompt.tokens, show_thoughts=call.think is not False
         )
@@ -111,7 +114,7 @@ def _template_options(session: Session, call: TextCall) -> dict[str, Any]:
     """How the template is told whether and how hard to think, where it asks."""
     if call.think is None:
         return {}
-    known = getattr(session.template, "variables", frozenset())
+    known: frozenset[str] = getattr(session.template, "variables", frozenset())
     options: dict[str, Any] = {name: bool(call.think) for name in ("enable_thinking", "thinking") if name in known}
     if isinstance(call.think, str) and "reasoning_effort" in known:
         options["reasoning_effort"] = call.think

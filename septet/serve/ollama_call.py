@@ -173,7 +173,7 @@ def parse_embed(body: dict[str, Any], *, single: bool = False) -> EmbedCall:
 
 # -- fields that several have -----------------------------------------------------------------------------------------
 def _shared(fields: Fields, tools: ToolChoice) -> dict[str, Any]:
-    shared = {
+    shared: dict[str, Any] = {
         "model": _model(fields),
         "stream": fields.boolean("stream", True),
         "keep_alive_s": _keep_alive(fields),
@@ -307,9 +307,8 @@ def _message(where: str, message: dict[str, Any]) -> dict[str, Any]:
         raise InvalidRequest(f"{where}.thinking must be a string", param=f"{where}.thinking")
     if thinking:
         made["reasoning_content"] = thinking
-    name = message.get("tool_name") or message.get("name")
-    if name is not None:
-        made["name"] = checked_id(f"{where}.tool_name", name)
+    if (function := message.get("tool_name") or message.get("name")) is not None:
+        made["name"] = checked_id(f"{where}.tool_name", function)
     return made
 
 
