@@ -83,16 +83,28 @@ class Batches:
         if batch is None or batch.owner != owner:
             shown = number if len(number) <= 80 else number[:77] + "..."
             raise HttpError(404, f"no batch {shown!r} here", code="batch_not_found", param="batch_id")
-        return batch
+        self._look_again(batch)
+        return self.store.batches[number]
 
     def all(self, owner: str) -> list[Batch]:
         """Oldest first."""
+        for batch in list(self.store.batches.values()):
+            self._look_again(batch)
         return [batch for batch in self.store.batches.values() if batch.owner == owner]
+
+    def _look_again(self, batch: Batch) -> None:
+        """Another server on the same disk may run it."""
+        if batch.status not in FINISHED and batch.id not in self._tasks:
+            self.store.reload(batch.id)
 
     async def cancel(self, owner: str, number: str) -> Batch:
         batch = self.get(owner, number)
         if batch.status in FINISHED or batch.status == "finalizing":
             raise HttpError(409, f"the batch is {batch.status} already", code="batch_not_cancellable")
+        if batch.id not in self._tasks:
+            with self.store.lock(batch) as ours:
+                if not ours:
+                    raise HttpError(409, "another server runs this batch; cancel it there", code="batch_elsewhere")
         if batch.status != "cancelling":
             batch.turn("cancelling")
             batch.ending = "cancelled"

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from septet.hub.store import home_directory
-from septet.serve.openai_file_store import disk_errors, write_json
+from septet.serve.openai_file_store import disk_errors, new_id, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +37,7 @@ _ID = re.compile(r"batch_[0-9a-f]{24}")
 class Batch:
     """status, as OpenAI's: validating, in_progress, finalizing, cancelling, or one of FINISHED."""
 
-    id: str = field(default_factory=lambda: f"batch_{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: new_id("batch_"))
     owner: str
     endpoint: str
     input_file_id: str
@@ -55,8 +54,8 @@ class Batch:
     failed: int = 0
     output_file_id: str | None = None
     error_file_id: str | None = None
-    output_number: str = field(default_factory=lambda: f"file-{secrets.token_hex(12)}")  # chosen before it is needed
-    error_number: str = field(default_factory=lambda: f"file-{secrets.token_hex(12)}")
+    output_number: str = field(default_factory=lambda: new_id("file-"))  # chosen before it is needed
+    error_number: str = field(default_factory=lambda: new_id("file-"))
 
     def turn(self, status: str) -> None:
         self.status = status
@@ -156,16 +155,23 @@ class BatchStore:
             finally:
                 os.close(descriptor)
 
+    def reload(self, number: str) -> None:
+        """What another server that runs it has written since."""
+        if (batch := _record(self.directory / f"{number}.json")) is not None:
+            self.batches[number] = batch
+
     def _read(self) -> None:
         """Records that are not sound are left out."""
         if not self.directory.is_dir():
             return
-        decoder = msgspec.json.Decoder(Batch)
-        found = []
-        for path in self.directory.glob("batch_*.json"):
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                batch = decoder.decode(path.read_bytes())
-                if _ID.fullmatch(batch.id) and batch.id == path.stem:
-                    found.append(batch)
-        for batch in sorted(found, key=lambda one: (one.created_at, one.id)):
+        found = [batch for path in self.directory.glob("batch_*.json") if (batch := _record(path)) is not None]
+        for batch in sorted(found, key=lambda one: one.id):
             self.batches[batch.id] = batch
+
+
+def _record(path: Path) -> Batch | None:
+    try:
+        batch = msgspec.json.decode(path.read_bytes(), type=Batch)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return batch if _ID.fullmatch(batch.id) and batch.id == path.stem else None

@@ -339,8 +339,13 @@ def test_a_running_batch_belongs_to_one_server() -> None:
         other.service.batches.resume()
         await asyncio.sleep(0.05)
         assert idle.seen == []
+        assert (await other.http.get(f"/batches/{batch['id']}")).json()["status"] == "in_progress"
+        assert (await other.http.post(f"/batches/{batch['id']}/cancel")).status_code == 409
         gate.set()
         assert (await http.until(batch["id"], "completed"))["request_counts"]["completed"] == 1
+        told = (await other.http.get("/batches")).json()["data"][0]
+        assert told["status"] == "completed"
+        assert len(await other.lines(told["output_file_id"])) == 1
 
     run(go())
 
