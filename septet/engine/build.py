@@ -256,6 +256,8 @@ def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | 
         graphs.capture_first()
     except RuntimeError as error:
         log.warning("this device or driver can't capture steps", exc_info=error)
+        if rehearsal is not None:
+            rehearsal.cancel()
         return f"steps could not be captured: {type(error).__name__}"
     runner.graphs = graphs
     if rehearsal is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Rehearsal", "kernel_directory", "needed_kernels"]
 
 MAX_THREADS = 16
+SWITCH_S = 0.0003  # seconds a thread that compiles may keep the interpreter while one that loads or serves wants it
 PROMPTS = (
     (1024, 1),
     (8192, 16),
@@ -84,6 +86,8 @@ class Rehearsal:
         self._cancelled = False
         self._pool = ThreadPoolExecutor(max(2, min(usable_cpus(), MAX_THREADS)), thread_name_prefix="kernels")
         prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         self._first = self._begin("first", [*shapes.first(), *prompts])
         self._later: Future[int] | None = None
 
@@ -100,8 +104,10 @@ class Rehearsal:
         ready = 0
         try:
             needed = needed_kernels(*self._what, steps)
-            for future in [self._pool.submit(self._preload, kernel, data) for kernel, data in needed]:
-                ready += future.result()
+            if part == "first":
+                ready = sum(map(Future.result, [self._pool.submit(self._preload, *one) for one in needed]))
+            else:  # one thread: the engine is serving
+                ready = sum(self._preload(*one) for one in needed)
             if self._stamp is not None and not self._cancelled:
                 self._stamp.with_name(f"{self._stamp.name}-{part}").touch()
         except Exception as error:
@@ -121,9 +127,13 @@ class Rehearsal:
         """The first steps are captured: now the rest."""
         self._later = self._begin("all", self._what[-1].usual())
         if self._later is None:
-            self._pool.shutdown(wait=False)
+            self._end()
         else:
-            self._later.add_done_callback(lambda _: self._pool.shutdown(wait=False))
+            self._later.add_done_callback(lambda _: self._end())
+
+    def _end(self) -> None:
+        sys.setswitchinterval(self._switch_s)
+        self._pool.shutdown(wait=False)
 
     def over(self) -> bool:
         """Whether nothing is left to be compiled."""
@@ -132,6 +142,7 @@ class Rehearsal:
     def cancel(self) -> None:
         """Nobody needs the rest any more."""
         self._cancelled = True
+        self._end()
 
 
 def _digest(*what: object) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Span", "WeightStream"]
 
-PIECE = 8 << 20  # bytes
+PIECE = 16 << 20  # bytes
 AHEAD = 2 << 30
 BUFFERS = 2  # pieces of one thread under way: one is read while the other travels
 
