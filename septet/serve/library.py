@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import septet
 from septet.engine.sizing import CPU_SEQS, CPU_STEP_TOKENS, GPU_RESERVE, GPU_SEQS, GPU_STEP_TOKENS
 from septet.errors import InvalidRequest, ModelNotFound
 from septet.geometry import activation_bytes, kv_bytes_per_token, row_state_bytes, weight_bytes
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUDGET_SHARE", "EngineLoader", "NamedShelf", "StoreShelf", "default_budget"]
 
+NATIVE_LIBRARY = Path(septet.__file__).parent / "kernels" / "native" / "libseptet_native.so"
 BUDGET_SHARE = 0.75  # of the memory that is free at start: the rest is the machine's
 KV_SHARE = 0.125  # of the budget that the weights leave, for one model's KV pool: half of what an only model takes
 CPU_RUNTIME = 192 << 20  # a process with torch in it
@@ -164,7 +166,8 @@ class EngineLoader:
             step = asked.max_num_batched_tokens or GPU_STEP_TOKENS
             return weight_bytes(config, dtype), GPU_RESERVE + activation_bytes(config, step, seqs, dtype), dtype
         fixed = CPU_RUNTIME + CPU_WORKSPACE + activation_bytes(config, CPU_STEP_TOKENS, 0, "float32")
-        if asked.kernels == "native" and asked.load_format == "auto":
+        native = asked.kernels == "native" or (asked.kernels == "auto" and NATIVE_LIBRARY.exists())
+        if native and asked.load_format == "auto":
             return int(_file_bytes(model) * PACKED), fixed, asked.dtype if asked.dtype != "auto" else "float16"
         dtype = asked.dtype if asked.dtype != "auto" else "float32"
         return weight_bytes(config, dtype), fixed, dtype
