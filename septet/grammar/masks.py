@@ -43,7 +43,7 @@ class Masks:
         from llguidance import LLExecutor
 
         cpus = usable_cpus()
-        threads = min(MAX_THREADS, cpus if cpus < 4 else cpus - 2) if threads is None else threads
+        threads = min(MAX_THREADS, cpus - 2 if cpus > 8 else cpus // 2) if threads is None else threads
         self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:
