@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import EngineDead, InvalidRequest, Overloaded
@@ -243,8 +244,10 @@ class Batches:
             await asyncio.to_thread(self.store.save, batch)
         batch.output_file_id = await asyncio.to_thread(self._place, batch, "out", batch.output_number)
         batch.error_file_id = await asyncio.to_thread(self._place, batch, "err", batch.error_number)
-        batch.turn(batch.ending)
-        await asyncio.to_thread(self.store.save, batch)
+        ended = replace(batch, at=dict(batch.at))
+        ended.turn(batch.ending)
+        await asyncio.to_thread(self.store.save, ended)  # before anybody is told
+        batch.status, batch.at = ended.status, ended.at
 
     def _place(self, batch: Batch, kind: str, number: str) -> str | None:
         part = self.store.part(batch, kind)
