@@ -48,7 +48,7 @@ test: dev  ## unit, cpu, contract and end-to-end tests
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
 
-test-slow: dev  ## perplexity of every block type: minutes, not part of test
+test-slow: dev  ## perplexity of every block type, odd requests to every route: minutes, not part of test
 	@$(BIN)/python -m pytest -m slow tests
 
 test-gpu:  ## kernels and engine on this machine's GPU, with the Python that is there (PYTHON=...)
