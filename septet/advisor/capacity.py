@@ -150,7 +150,14 @@ def make_plan(name: str, config: ModelConfig, card: Hardware, demand: Demand, we
 def _option(model: Estimator, demand: Demand) -> Option:
     length = demand.prompt + demand.output
     empty: dict[str, Any] = {"quant": model.quant, "tp": model.tp, "weights_gib": model.weight_bytes / 2**30}
-    none = {"kv_tokens": 0, "batch": 0, "tpot_ms": 0.0, "ttft_ms": 0.0, "tokens_per_s": 0.0, "prefill_share": 0.0}
+    none: dict[str, Any] = {
+        "kv_tokens": 0,
+        "batch": 0,
+        "tpot_ms": 0.0,
+        "ttft_ms": 0.0,
+        "tokens_per_s": 0.0,
+        "prefill_share": 0.0,
+    }
     none |= {"replicas": 0, "devices": 0, "usd_per_hour": 0.0, "usd_per_million": 0.0}
     try:
         held = fitting(model, max_num_seqs=256, max_model_len=length, max_num_batched_tokens=STEP_TOKENS)

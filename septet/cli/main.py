@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("septet.cli.hub:show", "Show what a model is: source, licence, files, shape."),
     "key": ("septet.cli.keys:key", "Make an API key for the server."),
     "doctor": ("septet.cli.doctor:doctor", "Show the machine, the kernels it gets, and what speed to expect."),
+    "advise": ("septet.cli.advise:advise", "Which engine and settings for a workload, and what that rests on."),
     "plan": ("septet.cli.plan:plan", "Plan capacity: devices, arrangement and cost for so many users."),
     "simulate": ("septet.cli.simulate:simulate", "Simulate a workload on a fleet, with the real scheduler."),
     "create": ("septet.cli.create:create", "Create a model from a Modelfile."),
