@@ -152,15 +152,15 @@ class Answer:
 
 def _new_item(kind: str) -> Told:
     if kind == "reasoning":
-        content = [{"type": "reasoning_text", "text": ""}]
-        return {"id": f"rs_{secrets.token_hex(12)}", "type": kind, "summary": [], "content": content}
-    content = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
+        part: Told = {"type": "reasoning_text", "text": ""}
+        return {"id": f"rs_{secrets.token_hex(12)}", "type": kind, "summary": [], "content": [part]}
+    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     return {
         "id": f"msg_{secrets.token_hex(12)}",
         "type": kind,
         "status": "in_progress",
         "role": "assistant",
-        "content": content,
+        "content": [part],
     }
 
 
