@@ -59,7 +59,7 @@ def lark_of_form(form: CallForm, schema: Schema | None, piece: Callable[[str], s
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if missing := [name for name in required if name not in properties]:
         raise _refuse(f"{missing[0][:80]!r} is required, but not among the properties")
-    shared = {name: schema[name] for name in ("$defs", "definitions", "x-guidance") if name in schema}
+    shared: Schema = {name: schema[name] for name in ("$defs", "definitions", "x-guidance") if name in schema}
     names = list(properties)
     if odd := [name for name in names if not re.fullmatch(KEY if form.separator else r"[^<>\n]{1,64}", name)]:
         raise _refuse(f"a parameter named {odd[0][:80]!r} can't be written in this model's way of calling")
@@ -128,7 +128,7 @@ def _is_text(schema: Any) -> bool:
     if "type" in schema:
         return bool(schema["type"] == "string")
     options = schema.get("enum")
-    return bool(options) and all(isinstance(o, str) for o in options)
+    return isinstance(options, list) and bool(options) and all(isinstance(o, str) for o in options)
 
 
 def _refuse(what: str) -> InvalidRequest:

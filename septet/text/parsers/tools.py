@@ -66,15 +66,16 @@ class ToolChoice:
             mode, name = str(choice), ""
         else:
             function = choice.get("function") if isinstance(choice, Mapping) else {"name": choice}
-            mode, name = "named", function.get("name") if isinstance(function, Mapping) else None
-        if mode == "named" and name not in [tool.name for tool in known]:
-            raise InvalidRequest(
-                f"tool_choice must be none, auto, required or one of the tools, not {str(name)[:80]!r}",
-                param="tool_choice",
-            )
+            found = function.get("name") if isinstance(function, Mapping) else None
+            if found not in [tool.name for tool in known]:
+                raise InvalidRequest(
+                    f"tool_choice must be none, auto, required or one of the tools, not {str(found)[:80]!r}",
+                    param="tool_choice",
+                )
+            mode, name = "named", str(found)
         if mode == "required" and not known:
             raise InvalidRequest("tool_choice required needs tools", param="tool_choice")
-        return cls(known, mode, name or "", parallel)
+        return cls(known, mode, name, parallel)
 
     @property
     def forced(self) -> bool:
