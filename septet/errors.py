@@ -71,8 +71,8 @@ class Overloaded(SeptetError):
 
     kind = "overloaded_error"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
 
 

@@ -19,13 +19,12 @@ from septet.serve.calls import parse_chat
 from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import HttpError, error_body, headers_of, status_of
 from septet.serve.fields import CHAT, MESSAGES, Fields, schema_of, table
-from septet.serve.generation import generate
+from septet.serve.generation import generate, vectors
 from septet.serve.llamacpp_call import COMPLETION_SCHEMA, DEFAULTS, parse_completion
 from septet.serve.llamacpp_shape import Completion, chosen_fields
 from septet.serve.models import default_card
 from septet.serve.operations import ready
 from septet.serve.sse import until_gone
-from septet.session.embed import embed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -246,8 +245,8 @@ async def embedding(service: Service, scope: Scope, receive: Receive, reply: Rep
 async def _vectors(service: Service, model: str | None, inputs: list[Any], normalize: bool, reply: Reply) -> None:
     async with service.models.use(model) as session:
         prompts = [await session.prompt(one) for one in inputs]
-        vectors = await embed(session, prompts, normalize=normalize)
-    await reply.json([{"index": i, "embedding": [vector.tolist()]} for i, vector in enumerate(vectors)])
+        made = await vectors(service, session, prompts, normalize=normalize)
+    await reply.json([{"index": i, "embedding": [vector.tolist()]} for i, vector in enumerate(made)])
 
 
 LLAMACPP = Dialect(

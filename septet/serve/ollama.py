@@ -13,7 +13,7 @@ from septet.errors import InvalidRequest, Overloaded
 from septet.serve.body import body_of
 from septet.serve.dialect import Dialect, ErrorStyle
 from septet.serve.errors import error_body, status_of
-from septet.serve.generation import generate
+from septet.serve.generation import generate, vectors
 from septet.serve.ollama_call import (
     CHAT_SCHEMA,
     EMBED_SCHEMA,
@@ -27,7 +27,6 @@ from septet.serve.ollama_call import (
 from septet.serve.ollama_models import MODEL_ROUTES, MODEL_SCHEMAS, typed
 from septet.serve.ollama_shape import Answer, Clock
 from septet.serve.sse import until_gone
-from septet.session.embed import embed
 from septet.session.session import Prompt
 
 if TYPE_CHECKING:
@@ -166,15 +165,15 @@ async def _embed(service: Service, call: EmbedCall, reply: Reply) -> None:
     async with service.models.use(call.model, keep_alive_s=call.keep_alive_s) as session:
         clock.mark_loaded()
         prompts = [await session.prompt(text) for text in call.inputs]
-        vectors = [list(vector) for vector in await embed(session, prompts, dimensions=call.dimensions)]
+        made = [list(vector) for vector in await vectors(service, session, prompts, dimensions=call.dimensions)]
     if call.single:
-        await reply.json({"embedding": vectors[0] if vectors else []})
+        await reply.json({"embedding": made[0] if made else []})
         return
     times = clock.durations()
     await reply.json(
         {
             "model": call.model,
-            "embeddings": vectors,
+            "embeddings": made,
             "total_duration": times["total_duration"],
             "load_duration": times["load_duration"],
             "prompt_eval_count": sum(len(prompt.tokens) for prompt in prompts),

@@ -18,11 +18,11 @@ from septet.serve.dialect import Claim, Dialect
 from septet.serve.errors import HttpError
 from septet.serve.fields import PROMPT, Fields, schema_of
 from septet.serve.generation import generate as generated
+from septet.serve.generation import vectors
 from septet.serve.models import default_card
 from septet.serve.sglang_call import ENCODE, GENERATE_SCHEMA, parse_generate, prompts_of
 from septet.serve.sglang_shape import Output
 from septet.serve.sse import until_gone
-from septet.session.embed import embed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,10 +87,10 @@ async def _vectors(
 ) -> None:
     async with service.models.use(model) as session:
         prompts = await _prompts(session, given)
-        vectors = await embed(session, prompts)
+        made = await vectors(service, session, prompts)
     told = [
         {"embedding": vector.tolist(), "meta_info": {"id": secrets.token_hex(16), "prompt_tokens": len(prompt.tokens)}}
-        for prompt, vector in zip(prompts, vectors, strict=True)
+        for prompt, vector in zip(prompts, made, strict=True)
     ]
     await reply.json(told if several else told[0])
 

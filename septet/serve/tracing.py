@@ -6,6 +6,7 @@ thread with a bounded queue. Knows no route's fields and no text of a prompt or 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import septet
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from septet.serve.context import Context
 
 __all__ = ["Tracing"]
+
+CLOSE_WAIT_S = 3.0
 
 
 class Tracing:
@@ -78,7 +81,10 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """Send what is left, for a moment at most: a collector that does not answer must not hold up the end."""
+        thread = threading.Thread(target=self._provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(CLOSE_WAIT_S)
 
 
 def _missing() -> InvalidRequest:
