@@ -81,7 +81,11 @@ def _begun(service: Service, call: ResponsesCall) -> Answer:
 async def _prompt(session: Session, call: ResponsesCall) -> Prompt:
     chat = call.chat
     tools = chat.reading.tools.tools if chat.reading.tools.mode != "none" else ()
-    return await session.chat_prompt(chat.messages, tools=tools, **chat.template_options)
+    try:
+        return await session.chat_prompt(chat.messages, tools=tools, **chat.template_options)
+    except InvalidRequest as error:
+        param = "input" if error.param in ("prompt", "messages") else error.param
+        raise InvalidRequest(error.message, param=param) from None
 
 
 async def _events(service: Service, session: Session, call: ResponsesCall) -> AsyncGenerator[Numbered, None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from septet.errors import InvalidRequest
 from septet.serve.calls import ChatCall, parse_chat
 from septet.serve.fields import Fields, only, schema_of, table
+from septet.serve.openai_batches import checked_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,9 +113,7 @@ def _check_simple(fields: Fields) -> None:
     for name in fields.object("stream_options"):
         if name != "include_obfuscation":
             raise InvalidRequest(f"unknown field 'stream_options.{name[:80]}'", param="stream_options")
-    for key, value in fields.object("metadata").items():
-        if len(fields.object("metadata")) > 16 or len(key) > 64 or not isinstance(value, str) or len(value) > 512:
-            raise InvalidRequest("metadata must hold at most 16 short strings", param="metadata")
+    checked_metadata(fields.object("metadata"))
 
 
 def _shown(fields: Fields, instructions: str | None, store: bool) -> dict[str, Any]:

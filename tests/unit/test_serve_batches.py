@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -379,6 +380,28 @@ def test_a_full_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
         batch = await http.start(jsonl(line("a")))
         done = await http.until(batch["id"], "completed")
         assert (len(refused), done["request_counts"]["completed"]) == (3, 1)
+
+    run(go())
+
+
+def test_a_full_disk_ends_the_upload_or_the_batch_alone(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def go() -> None:
+        http = Http()
+        with monkeypatch.context() as patch:
+            patch.setattr("septet.serve.openai_files.shutil.copyfileobj", full)
+            refused = await http.upload(b"x")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
+        assert not list(home.glob("files/*"))
+        with monkeypatch.context() as patch:
+            patch.setattr("septet.serve.openai_batch_store.os.open", full)
+            batch = await http.start(jsonl(line("a"), line("b")))
+            failed = await http.until(batch["id"], "failed")
+        assert failed["errors"]["data"][0]["code"] == "disk_full"
+        again = await http.start(jsonl(line("a")))
+        assert (await http.until(again["id"], "completed"))["request_counts"]["completed"] == 1
 
     run(go())
 

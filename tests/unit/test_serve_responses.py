@@ -247,7 +247,7 @@ def test_input_tokens() -> None:
         ({"input": "x", "metadata": {"a": 1}}, "metadata"),
         ({"input": "x", "previous_response_id": 1}, "previous_response_id"),
         ({"input": "x", "reasoning": {"loud": True}}, "reasoning"),
-        ({"input": "x" * 300}, "prompt"),
+        ({"input": "x" * 300}, "input"),
         ({"input": "x", "cache_salt": "s" * 10_000}, "cache_salt"),
     ],
 )
