@@ -178,7 +178,7 @@ inline void head_blocks(int64_t heads, const Fn& fn) {
 
 int64_t scratch_one(const AttendShape& shape) {
   const int64_t ld = padded(shape.dim);
-  return 4 * (2 * shape.heads * ld + TILE_KEYS * ld + shape.heads * LD_S);
+  return 4 * (2 * shape.heads * ld + TILE_KEYS * ld + shape.heads * (LD_S + 2));
 }
 
 // Keys or values of positions base + low .. base + high - 1: where they lie, or as floats in `rows` where a vector of the
@@ -202,44 +202,39 @@ inline void of_store(Store store, const Fn& fn) {
 }
 
 void attend_one(const AttendShape& shape, const AttendOne& task, void* scratch) {
-  const int64_t ld = padded(shape.dim), ld_part = shape.dim + 2, bytes = shape.dim * (task.kv.store == Store::f32 ? 4 : 2);
+  const HeadKV& kv = task.kv;
+  const int64_t heads = shape.heads, ld = padded(shape.dim), bytes = shape.dim * (kv.store == Store::f32 ? 4 : 2);
   float* q = static_cast<float*>(scratch);
-  float* out = q + shape.heads * ld;
-  float* rows = out + shape.heads * ld;
+  float* out = q + heads * ld;
+  float* rows = out + heads * ld;
   float* s = rows + TILE_KEYS * ld;
+  Seen* seen = reinterpret_cast<Seen*>(s + heads * LD_S);
   load_queries(shape, task.q, q);
   for (int64_t base = task.first / TILE_KEYS * TILE_KEYS; base < task.last; base += TILE_KEYS) {
     const int32_t* slots = task.slots + base;
     Tile tile;
     tile.low = task.first > base ? task.first - base : 0;
     tile.high = task.last - base < TILE_KEYS ? task.last - base : TILE_KEYS;
-    Store kind = find_rows(shape, task.kv, task.kv.k, task.kv.k_stride, slots, tile, rows);
-    for (int64_t p = tile.low; p < tile.high; p++) ask_for(row_at(task.kv.v, task.kv.store, slots[p] * task.kv.v_stride), bytes);
-    of_store(kind, [&](auto type) {
-      head_blocks(shape.heads, [&](int64_t h, auto n) { scores<decltype(type)::value, decltype(n)::value>(q + h * ld, ld, tile, s + h * LD_S); });
+    const Store keys = find_rows(shape, kv, kv.k, kv.k_stride, slots, tile, rows);
+    for (int64_t p = tile.low; p < tile.high; p++) ask_for(row_at(kv.v, kv.store, slots[p] * kv.v_stride), bytes);
+    of_store(keys, [&](auto type) {
+      head_blocks(heads, [&](int64_t h, auto n) { scores<decltype(type)::value, decltype(n)::value>(q + h * ld, ld, tile, s + h * LD_S); });
     });
-    Seen seen[2];
-    const bool first = base <= task.first;
-    kind = find_rows(shape, task.kv, task.kv.v, task.kv.v_stride, slots, tile, rows);
-    const auto part_of_head = [&](int64_t h) { return task.part + h * ld_part; };
-    for (int64_t h = 0; h < shape.heads; h++) {
-      float* part = part_of_head(h);
-      soften(shape, s + h * LD_S, tile.low, tile.high, tile.low, tile.high, &seen[1].most, &seen[1].sum);
-      if (first) part[0] = seen[1].most, part[1] = seen[1].sum;
-      else s[h * LD_S + TILE_KEYS] = seen[1].most, s[h * LD_S + TILE_KEYS + 1] = seen[1].sum;
-    }
-    of_store(kind, [&](auto type) {
-      head_blocks(shape.heads, [&](int64_t h, auto n) { sums<decltype(type)::value, decltype(n)::value, 4>(s + h * LD_S, tile, out + h * ld, ld); });
+    for (int64_t h = 0; h < heads; h++) soften(shape, s + h * LD_S, tile.low, tile.high, tile.low, tile.high, &seen[h].most, &seen[h].sum);
+    const Store values = find_rows(shape, kv, kv.v, kv.v_stride, slots, tile, rows);
+    of_store(values, [&](auto type) {
+      head_blocks(heads, [&](int64_t h, auto n) { sums<decltype(type)::value, decltype(n)::value, 4>(s + h * LD_S, tile, out + h * ld, ld); });
     });
-    for (int64_t h = 0; h < shape.heads; h++) {
-      float* part = part_of_head(h);
-      if (first) {
+    for (int64_t h = 0; h < heads; h++) {
+      float* part = task.part + h * (shape.dim + 2);
+      Seen all{part[0], part[1]};
+      if (base > task.first) {
+        join(all, part + 2, seen[h], out + h * ld, shape.dim);
+      } else {  // the part begins here
+        all = seen[h];
         memcpy(part + 2, out + h * ld, static_cast<size_t>(shape.dim) * 4);
-        continue;
       }
-      seen[0] = {part[0], part[1]}, seen[1] = {s[h * LD_S + TILE_KEYS], s[h * LD_S + TILE_KEYS + 1]};
-      join(seen[0], part + 2, seen[1], out + h * ld, shape.dim);
-      part[0] = seen[0].most, part[1] = seen[0].sum;
+      part[0] = all.most, part[1] = all.sum;
     }
   }
 }
