@@ -26,6 +26,7 @@ __all__ = ["main"]
 TEXT = "the river runs past the old stone bridge while seven engines hum in the valley and the light goes down "
 LEAVE, BAD, SCHEMA = 0.05, 0.03, 0.05  # shares of the requests
 SETTLE_S = 3.0
+SPARE_FDS = 4  # what a server opens with its first request, and our own question at the end
 FLAGS = "--kernels native --max-num-seqs 256 --num-kv-slots 16384"  # a pool that is touched whole within a minute
 GRACE_S = 240.0  # for the streams that are open when the time is over
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--max-growth", type=float, default=0.03)
+    parser.add_argument("--max-growth", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--flags", default=FLAGS, help="more flags of septet serve")
