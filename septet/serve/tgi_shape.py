@@ -51,6 +51,8 @@ class Sequence:
             self._prefill = [self._prefilled(i, position) for i, position in enumerate(event.positions)]
         else:
             self.finished = event
+            if self.tokens:  # a character that never became whole
+                self.tokens[-1]["text"] += self._decoder.decode(b"", final=True)
 
     @property
     def text(self) -> str:

@@ -153,6 +153,14 @@ def test_stream(path: str, chunk: int) -> None:
     assert len(events[0]["top_tokens"]) == 1
 
 
+def test_tokens_join_to_the_text_even_within_a_character() -> None:
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 2, "details": True}}
+    whole = post(WHOLE, body, FakeClient("aé")).json()
+    assert [t["text"] for t in whole["details"]["tokens"]] == ["a", "\ufffd"]
+    events = events_of(post(STREAM, body, FakeClient("aé")))
+    assert "".join(e["token"]["text"] for e in events) == whole["generated_text"] == events[-1]["generated_text"]
+
+
 def test_root_answers_in_an_array() -> None:
     answer = post(EITHER, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}, FakeClient("hello")).json()
     assert answer == [{"generated_text": "he"}]
