@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from septet.errors import InvalidRequest, ModelFileError, ModelNotFound
+from septet.errors import InvalidRequest, ModelFileError, ModelNotFound, UnsupportedModel
 from septet.hub.catalog import find
 from septet.hub.facts import shown
 from septet.hub.model_config import read_model_config
@@ -211,7 +211,7 @@ def create_from_uploads(name: str, files: Mapping[str, str], recipe: Recipe, *, 
             for file, sha256 in files.items():
                 entries.append(_gathered(store, work, file, sha256))
                 sources[file] = work / file
-            read_model_config(work / entries[0].name if len(entries) == 1 else work)
+            _check_sound(work / entries[0].name if len(entries) == 1 else work)
             made = Manifest(
                 name=name, source="upload", license=recipe.license or "", files=tuple(entries), recipe=recipe
             )
@@ -220,6 +220,14 @@ def create_from_uploads(name: str, files: Mapping[str, str], recipe: Recipe, *, 
             raise ModelFileError(f"can't store {name}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_sound(path: Path) -> None:
+    """What a client sent is the client's to mend."""
+    try:
+        read_model_config(path)
+    except (ModelFileError, UnsupportedModel) as error:
+        raise InvalidRequest(f"files: {error.message}", param="files") from None
 
 
 def _gathered(store: Store, work: Path, file: str, sha256: str) -> FileEntry:

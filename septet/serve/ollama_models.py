@@ -121,7 +121,7 @@ async def ps(service: Service, scope: Scope, receive: Receive, reply: Reply) -> 
     for run in service.models.running():
         model = service.models.find(run.name)
         found = await asyncio.to_thread(describe, model.path)
-        left_s = FOR_EVER_S if run.left_s is None else run.left_s
+        left_s = FOR_EVER_S if run.left_s is None else min(run.left_s, FOR_EVER_S)
         on_gpu = run.session.client.info.device.startswith("cuda")
         listed.append(
             _listed(run.name, model, found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from septet.errors import InvalidRequest, ModelFileError
 from septet.session.reading import ReplyFormat
 from septet.session.session import Session
 from septet.text.go_template import as_jinja
@@ -46,8 +47,11 @@ def _role(message: Any) -> Any:
 
 
 def check_template(source: str) -> None:
-    """InvalidRequest or ModelFileError where a recipe's template can't be used, before anything is stored."""
-    ChatTemplate(as_jinja(source))
+    """InvalidRequest where a recipe's template can't be used, before anything is stored."""
+    try:
+        ChatTemplate(as_jinja(source))
+    except ModelFileError as error:
+        raise InvalidRequest(error.message, param="template") from None
 
 
 def preset(

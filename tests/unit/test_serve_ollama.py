@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from septet.engine.messages import Update
@@ -26,8 +28,6 @@ from tests.unit.test_serve_openai import ask
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import httpx
 
     from septet.hub.store import LocalModel
     from septet.session.session import Session
@@ -399,6 +399,19 @@ class Here:
             request["json"] = body
         return ask(create_app(Service(pool, Settings())), method, path, **request)
 
+    def ask_twice(self, *asked: tuple[str, str, Any]) -> list[httpx.Response]:
+        """One after the other, of one server."""
+
+        async def go() -> list[httpx.Response]:
+            pool = ModelPool(StoreShelf(), self.loader, budget=100, manages=True)
+            transport = httpx.ASGITransport(create_app(Service(pool, Settings())))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as http:
+                told = [await http.request(method, path, json=body) for method, path, body in asked]
+            await pool.close()
+            return told
+
+        return asyncio.run(go())
+
     def names(self) -> list[str]:
         return [model["name"] for model in self.ask("GET", "/api/tags").json()["models"]]
 
@@ -448,7 +461,12 @@ def test_a_created_model_goes_on_when_its_base_is_deleted(here: Here) -> None:
 def test_keep_alive_of_zero_unloads_and_ps_tells_when(here: Here) -> None:
     answer = here.ask("POST", GENERATE, {"model": "base", "keep_alive": 0}).json()
     assert answer["done_reason"] == "unload"
-    assert here.ask("POST", GENERATE, {"model": "base", "keep_alive": "10m"}).json()["done_reason"] == "load"
+    for keep in ("10m", -1, 1e17, "-5m"):
+        loaded, running = here.ask_twice(
+            ("POST", GENERATE, {"model": "base", "keep_alive": keep}), ("GET", "/api/ps", None)
+        )
+        assert loaded.json()["done_reason"] == "load"
+        assert running.json()["models"][0]["expires_at"] > "2026"
 
 
 @pytest.mark.parametrize(
@@ -470,7 +488,7 @@ def test_keep_alive_of_zero_unloads_and_ps_tells_when(here: Here) -> None:
         ({"model": "x", "from": "base", "parameters": {"temperature": "hot"}}, 400, "temperature"),
         ({"model": "x", "from": "base", "parameters": {"magic": 1}}, 400, "unknown parameter 'magic'"),
         ({"model": "x", "from": "base", "template": "{{ .Nope }}"}, 400, ".Nope is not known"),
-        ({"model": "x", "from": "base", "template": "{% if %}"}, 500, "not valid Jinja"),
+        ({"model": "x", "from": "base", "template": "{% if %}"}, 400, "not valid Jinja"),
         ({"model": "x", "modelfile": "FROM base\nADAPTER x"}, 400, "Modelfile line 2: ADAPTER"),
         ({"model": "x", "modelfile": "FROM /etc/passwd"}, 404, "not a model's name"),
         ({"model": "x", "from": "base", "messages": [{"role": "bot", "content": "x"}]}, 400, "role"),
@@ -502,7 +520,7 @@ def test_uploads_are_checked_and_become_models(here: Here) -> None:
     digest = "sha256:" + hashlib.sha256(damaged).hexdigest()
     here.ask("POST", f"/api/blobs/{digest}", content=damaged)
     bad = here.ask("POST", "/api/create", {"model": "bad", "files": {"bad.gguf": digest}, "stream": False})
-    assert bad.status_code == 500
+    assert bad.status_code == 400
     assert "bad.gguf" in bad.json()["error"]
     assert here.names() == ["base:latest", "mine:latest"]
 
