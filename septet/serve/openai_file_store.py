@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from septet.errors import Overloaded
 from septet.hub.store import home_directory
 from septet.serve.errors import HttpError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
     from pathlib import Path
 
 __all__ = ["FileFacts", "FileStore", "disk_errors", "new_id", "write_json"]
 
+MAX_UPLOADS = 4  # at a time
 MAX_FILES = 2048
 MAX_FILE_BYTES = 128 * 2**20
 MAX_TOTAL_BYTES = 4 * 2**30
@@ -53,6 +55,7 @@ class FileStore:
     def __init__(self, home: Path | None = None) -> None:
         self.directory = home_directory(home) / "files"
         self._facts: dict[str, FileFacts] = {}
+        self._uploads = 0
         self._read()
 
     def content(self, number: str) -> Path:
@@ -73,6 +76,17 @@ class FileStore:
 
     def new_id(self) -> str:
         return new_id("file-")
+
+    @contextlib.asynccontextmanager
+    async def uploading(self) -> AsyncGenerator[None, None]:
+        """One of MAX_UPLOADS places, so that what is on its way is bounded too. Overloaded if all are taken."""
+        if self._uploads >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} files are being uploaded already", retry_after_s=5.0)
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     def check_room(self, more: int) -> None:
         """HttpError where a file of so many bytes would be too much."""

@@ -49,7 +49,7 @@ async def upload(service: Service, scope: Scope, receive: Receive, reply: Reply)
     store = service.batches.files
     store.check_room(0)
     try:
-        async with asyncio.timeout(UPLOAD_S):
+        async with store.uploading(), asyncio.timeout(UPLOAD_S):
             request = Request(scope, _capped(receive, MAX_FILE_BYTES + OVERHEAD))
             async with request.form(max_files=1, max_fields=8, max_part_size=4096) as form:
                 await reply.json(await _keep(store, form))

@@ -16,7 +16,7 @@ from septet.serve.openai_batch_run import BACKFILL
 from tests.fakes import FakeClient, session
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
 CHAT = "/v1/chat/completions"
@@ -140,6 +140,29 @@ def test_a_file_may_not_be_too_large(monkeypatch: pytest.MonkeyPatch, home: Path
         assert (await http.upload(b"x" * 800)).status_code == 200
         assert (await http.upload(b"x" * 800)).json()["error"]["code"] == "too_many_files"
         assert len(list(home.glob("files/*.jsonl"))) == 1
+
+    run(go())
+
+
+def test_uploads_at_a_time_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("septet.serve.openai_file_store.MAX_UPLOADS", 1)
+
+    async def go() -> None:
+        http, gate = Http(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"--b\r\n"
+            await gate.wait()
+
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        first = asyncio.create_task(http.http.post("/files", content=slow(), headers=headers))
+        await asyncio.sleep(0.05)
+        refused = await http.upload(b"x")
+        assert refused.status_code == 429
+        assert "retry-after" in refused.headers
+        gate.set()
+        assert (await first).status_code == 400
+        assert (await http.upload(b"x")).status_code == 200
 
     run(go())
 
