@@ -161,19 +161,18 @@ def figures_of(side: str, path: Path, peers: Peers, folder: Path) -> dict[str, f
     return figures
 
 
-def one_round(entry: Entry, path: Path, sides: list[str], peers: Peers, folder: Path) -> None:
+def one_side(entry: Entry, side: str, path: Path, peers: Peers, folder: Path) -> None:
     from septet.bench.cpu_probe import bandwidth_gb_s
 
-    for side in sides:
-        entry.probe_gb_s.append(round(bandwidth_gb_s(256 << 20, 3), 2))
-        with Neighbours() as neighbours:
-            figures = figures_of(side, path, peers, folder)
-        entry.others.append(round(neighbours.share, 3))
-        entry.note(side, figures)
+    entry.probe_gb_s.append(round(bandwidth_gb_s(256 << 20, 3), 2))
+    with Neighbours() as neighbours:
+        figures = figures_of(side, path, peers, folder)
+    entry.others.append(round(neighbours.share, 3))
+    entry.note(side, figures)
 
 
-def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> Iterator[tuple[str, int]]:
-    """All rounds; yields (file, round) after each."""
+def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -> Iterator[str]:
+    """All rounds; yields what was measured after each side."""
     from septet.hub.model_config import read_model_config
 
     with tempfile.TemporaryDirectory() as made:
@@ -183,8 +182,10 @@ def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -
             sides = [s for s in args.sides if peers.has(s) and (s != "vllm_cpu" or label == VLLM_MODEL)]
             entry = entries.setdefault(label, Entry(bytes_per_token(path, read_model_config(path))[0]))
             for turn in range(args.rounds):
-                one_round(entry, path, sides if len(entry.probe_gb_s) // len(sides) % 2 else sides[::-1], peers, folder)
-                yield label, turn
+                first = len(entry.probe_gb_s) // len(sides) % 2 == 0
+                for side in sides if first else sides[::-1]:
+                    one_side(entry, side, path, peers, folder)
+                    yield f"{label}: round {turn + 1}, {side}"
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -248,8 +249,8 @@ def main() -> None:
     entries, runs = read(args.json if args.add else None)
     command = " ".join(["python -m septet.bench.cpu_table", *sys.argv[1:]])
     runs.append({"command": command, "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
-    for label, turn in measure(entries, args, peers):
-        print(f"{label}: round {turn + 1}", file=sys.stderr, flush=True)
+    for done in measure(entries, args, peers):
+        print(done, file=sys.stderr, flush=True)
         if args.json:
             write(args.json, entries, runs)
     print(table(entries))
