@@ -5,7 +5,7 @@
 
 Rounds alternate between the sides and medians count, so that a busy machine hurts both alike. `endless`: an array of
 records that never ends, so both sides make the same tokens; with --shape also `record`: one record, as W6 asks, whose
-answers end by themselves, so that the last of them run in a small batch. FILE: tokenizer.json, or a .gguf with one.
+answers end by themselves, so that the last of them run in a small batch. FILE: SmolLM2's tokenizer.json.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def of_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory() as root:
         directory = write_shape(args.shape, Path(root))
-        (directory / "tokenizer.json").write_text(_tokenizer(args.tokenizer))
+        (directory / "tokenizer.json").write_text(Path(args.tokenizer).read_text())
         llm = LLM(str(directory), load_format="dummy", dtype="bfloat16", device=args.device, kernels=args.kernels)
         schemas = {"endless": ENDLESS, "record": RECORD}
         bound = {name: Structured.json_schema(schema) for name, schema in schemas.items()}
@@ -148,15 +148,6 @@ def _wave(llm: LLM, streams: int, tokens: int, structured: Structured | None) ->
     began = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - began)
-
-
-def _tokenizer(path: str) -> str:
-    """tokenizer.json's text."""
-    if not path.endswith(".gguf"):
-        return Path(path).read_text()
-    from septet.text.tokenizer import load_tokenizer
-
-    return load_tokenizer(path).as_json()
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
