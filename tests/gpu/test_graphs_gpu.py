@@ -63,7 +63,7 @@ def test_chunks_mixed_with_decoding_rows(oracle: Oracle, overlap: str) -> None:
 
 def test_captured_while_the_engine_is_busy(oracle: Oracle) -> None:
     """Between steps in flight, as the loop does it: what is under way is not disturbed."""
-    engine = start(oracle.directory, device="cuda", kernels="triton", overlap="on", max_num_batched_tokens=24)
+    engine = start(oracle.directory, device="cuda", kernels="triton", overlap="on", max_num_batched_tokens=96)
     graphs = graphs_of(engine)
     first, launch = len(graphs.captured), engine.executor.launch
 
@@ -126,7 +126,7 @@ def test_out_of_memory_in_a_step_ends_one_request(oracle: Oracle) -> None:
     run = runner.run
 
     def full(plan):  # type: ignore[no-untyped-def]
-        if max(row.n for row in plan.rows) > 60:
+        if max(row.n for row in plan.rows) > 30:  # the first chunk of the longest prompt alone
             tries.append(plan.step)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(plan)
