@@ -75,3 +75,26 @@ def test_a_killed_engine_is_told_to_all_and_the_server_exits_non_zero(smollm2_pa
         assert running.popen.wait(20) == 1
     finally:
         running.popen.kill()
+
+
+def test_with_restart_engine_a_killed_engine_is_started_again_and_keys_are_asked_for(
+    smollm2_path: Path, body: dict[str, Any]
+) -> None:
+    key = "a-key-of-this-test"
+    running = start("smollm2", "--max-model-len", "256", "--restart-engine", "--access-log", "json", "--api-key", key)
+    try:
+        (engine,) = running.children()
+        os.kill(engine, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while httpx.get(running.root + "/ready").status_code != 200 or running.children() == [engine]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        body |= {"stream": False, "max_tokens": 2}
+        assert httpx.post(running.url + "/completions", json=body, timeout=60).status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        assert httpx.post(running.url + "/completions", json=body, timeout=60, headers=headers).status_code == 200
+        assert running.stop() == 0
+        assert not any(key in line for line in running.lines)
+        assert any('"status":200' in line and '"output_tokens":2' in line for line in running.lines)
+    finally:
+        running.popen.kill()

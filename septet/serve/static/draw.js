@@ -87,7 +87,7 @@ export function pool(canvas, map) {
     fill(colours.shared, shared);
     fill(colours.leased, held - shared);
     const cached = 1 - free - held;
-    fill(colours.cached, cached > (map.cell_slots > 8 ? 0.05 : 0) ? cached : 0);
+    fill(colours.cached, cached > (map.cell_slots > 8 ? 0.12 : 0) ? cached : 0);
     fill(colours.free, 1 - Math.max(0, (y + h - at) / h));
   }
 }
