@@ -6,7 +6,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || e
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup dev demo serve check format test test-slow test-gpu bench-engine bench-cpu bench-http bench-gpu bench-cold clean
+.PHONY: help setup dev demo serve check format test test-slow test-gpu bench-engine bench-cpu bench-http bench-soak bench-gpu bench-cold clean
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -71,6 +71,9 @@ bench-engine: setup  ## the engine's own CPU time per step, at 1, 64 and 256 row
 bench-cpu: setup .venv-peers/.llama-cpp  ## Septet beside llama.cpp on this CPU, in one run: a table and JSON
 	@$(BIN)/python -m septet.bench.cpu_table --peer-python .venv-peers/bin/python --json benchmarks/results/cpu/latest.json \
 		--vllm-python "$(wildcard .venv-peers-vllm/bin/python)"
+
+bench-soak: setup  ## two minutes of 256 streams: does every one end, is memory flat
+	@$(BIN)/python -m septet.bench.soak
 
 bench-http: setup  ## what the HTTP server costs at 1, 8 and 32 streaming clients
 	@$(BIN)/python -m septet.bench.http_load --json benchmarks/results/cpu/http.json
