@@ -70,5 +70,5 @@ def test_every_answer_validates(smollm2_path: Path) -> None:
                 kinds.update(kind for kind in KINDS if f'"{kind}"' in json.dumps(schema))
                 jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(choice.text))
     print(f"{ended} answers validated, {N_SCHEMAS - ended - refusals} were cut, {refusals} schemas refused; {kinds}")
-    assert ended >= 0.6 * N_SCHEMAS
+    assert ended >= 0.5 * N_SCHEMAS
     assert min(kinds[kind] for kind in KINDS) >= 3
