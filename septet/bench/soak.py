@@ -27,7 +27,7 @@ TEXT = "the river runs past the old stone bridge while seven engines hum in the 
 LEAVE, BAD, SCHEMA = 0.05, 0.03, 0.05  # shares of the requests
 SETTLE_S = 3.0
 SPARE_FDS = 4  # what a server opens with its first request, and our own question at the end
-FLAGS = "--kernels native --max-num-seqs 256 --num-kv-slots 16384"  # a pool that is touched whole within a minute
+FLAGS = "--kernels native --max-num-seqs 256 --num-kv-slots 8192"  # a pool that is touched whole within a minute
 GRACE_S = 240.0  # for the streams that are open when the time is over
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
