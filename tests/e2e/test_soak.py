@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 @pytest.mark.timeout(600)
 def test_every_one_of_many_streams_ends_and_nothing_stays_behind(tmp_path: Path, smollm2_path: Path) -> None:
     figures = tmp_path / "soak.json"
-    command = [sys.executable, "-m", "septet.bench.soak", "--streams", "64", "--seconds", "40", "--max-growth", "0.1"]
-    command += ["--flags", "--kernels native --num-kv-slots 4096"]  # a pool that is touched whole within seconds
+    command = [sys.executable, "-m", "septet.bench.soak", "--streams", "64", "--seconds", "40", "--max-growth", "0.15"]
+    command += [
+        "--flags",
+        "--kernels native --num-kv-slots 4096",
+    ]  # touched whole within seconds; libraries load on first use
     done = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, check=False)
     told = json.loads(figures.read_text())
     assert done.returncode == 0, told["verdict"]
