@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "advise": ("septet.cli.advise:advise", "Which engine and settings for a workload, and what that rests on."),
     "plan": ("septet.cli.plan:plan", "Plan capacity: devices, arrangement and cost for so many users."),
     "simulate": ("septet.cli.simulate:simulate", "Simulate a workload on a fleet, with the real scheduler."),
+    "bench": ("septet.cli.bench:bench", "Measure engines on workloads, over HTTP like any client; compare results."),
     "create": ("septet.cli.create:create", "Create a model from a Modelfile."),
     "ps": ("septet.cli.remote:ps", "List the models that a running server has loaded."),
     "stop": ("septet.cli.remote:stop", "Unload a model from a running server."),

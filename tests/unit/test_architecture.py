@@ -28,6 +28,7 @@ SIDEWAYS = {
     ("bench", "session"),
     ("bench", "hub"),
     ("bench", "kernels"),
+    ("bench", "advisor"),  # traces and arrivals, prices
 }
 FORBIDDEN = {  # room -> top-level modules it must not import, even late
     "base": {"torch", "numpy", "starlette", "msgspec"},

@@ -1,0 +1,43 @@
+"""What stands at the head of results: command, commit, date, machine, libraries. Used by the command."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from septet.advisor.hardware import all_hardware
+from septet.bench.cpu_host import commit, libraries, machine
+from septet.bench.gpu_limits import gpu
+from septet.errors import InvalidRequest
+
+__all__ = ["head"]
+
+
+def head(*, seed: int, rounds: int, scale: float, price: float | None) -> dict[str, Any]:
+    if price is not None and not (math.isfinite(price) and 0 < price < 1e6):
+        raise InvalidRequest(f"--price {price:g} is no price of an hour", param="price")
+    card = gpu()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {**machine(), **card},
+        "libraries": libraries(),
+        "seed": seed,
+        "rounds": rounds,
+        "scale": scale,
+        "price": _price(price, card.get("gpu", "")),
+    }
+
+
+def _price(given: float | None, card: str) -> dict[str, Any] | None:
+    if given is not None:
+        return {"usd_per_hour": given, "by": "given"}
+    for known in all_hardware():
+        if card and known.name.upper() in card.upper():
+            return {"usd_per_hour": known.usd_per_hour, "by": f"assumed for one {known.title}"}
+    return None

@@ -1,0 +1,134 @@
+"""The document of a measurement: what is written as JSON, read back, compared and drawn.
+
+Made by `measure.py`, read by `compare.py` and the reports. Written after each run, so that what was measured before a
+failure is kept; `partial` says that something is missing, `notes` what.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from septet.bench.harness.figures import figures
+from septet.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from septet.bench.harness.drive import Run
+    from septet.bench.harness.prompts import Ask
+    from septet.bench.harness.workload import Point, Workload
+
+__all__ = ["FORMAT", "Results", "read", "run_of"]
+
+FORMAT = "septet-bench/1"
+MAX_FILE = 256 << 20
+
+
+@dataclass
+class Results:
+    head: dict[str, Any]  # command, commit, date, machine, ...
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    points: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def add(self, target: str, work: Workload, point: Point, run: dict[str, Any], limit: float | None) -> None:
+        key = (target, work.name, point.label)
+        entry = self.points.setdefault(key, {
+            "target": target, "workload": work.name, "title": work.title, "label": point.label, "kind": work.kind,
+            "x": point.x, "limit_tokens_s": limit, "partial": False, "runs": [],
+        })  # fmt: skip
+        entry["runs"].append(run)
+        entry["partial"] |= bool(run["lost"])
+
+    def document(self) -> dict[str, Any]:
+        points = []
+        for entry in self.points.values():
+            found = figures(entry["runs"])
+            share = None
+            if entry["limit_tokens_s"] and "output_tokens_s" in found:
+                share = (found["output_tokens_s"]["median"] or 0.0) / entry["limit_tokens_s"]
+            points.append({**entry, "figures": found, "share_of_limit": share})
+        partial = not self.finished or any(t["status"] not in ("measured", "missing") for t in self.targets.values())
+        return {"format": FORMAT, **self.head, "partial": partial, "notes": self.notes,
+                "targets": list(self.targets.values()), "points": points}  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        made = path.with_suffix(".part")
+        made.write_text(json.dumps(self.document(), indent=1) + "\n")
+        os.replace(made, path)
+
+
+def run_of(run: Run, asks: list[Ask], work: Workload, number: int) -> dict[str, Any]:
+    """One run's part of the document."""
+    good = [s for s in run.samples if s.ok]
+    tokens, wall = sum(s.tokens for s in good), run.wall_s if good else 0.0
+    asked = {one.output for one in asks}
+    rates = {"output_tokens_s": None, "total_tokens_s": None, "requests_s": None, "goodput_s": None}
+    if wall > 0:
+        rates = {"output_tokens_s": tokens / wall, "requests_s": len(good) / wall,
+                 "total_tokens_s": (tokens + sum(s.prompt_tokens for s in good)) / wall,
+                 "goodput_s": sum(_in_time(s, work) for s in good) / wall if work.ttft_ms or work.tpot_ms else None}  # type: ignore[dict-item]  # fmt: skip
+    ended = [s for s in good if s.ended == "stop"] if work.schema is not None else []
+    return {
+        "round": number,
+        "wall_s": run.wall_s,
+        "requests": run.expected,
+        "failed": run.expected - len(good),
+        "error": next((s.error for s in run.samples if s.error), ""),
+        "lost": run.lost,
+        "output_tokens": tokens,
+        "prompt_tokens": statistics.median([s.prompt_tokens for s in good if s.prompt_tokens] or [0]) or None,
+        "answer_tokens": statistics.median([s.tokens for s in good]) if good else None,
+        "counted_by_server": all(s.counted for s in good),
+        "short": sum(s.tokens < min(asked) for s in good) if work.schema is None else 0,
+        "valid_share": sum(_valid(s.text, work.schema) for s in ended) / len(ended) if ended else None,
+        **rates,
+        "ttft_ms": [round(s.ttft_ms, 3) for s in good],
+        "tpot_ms": [round(s.tpot_ms, 4) for s in good if s.tpot_ms is not None],
+        "e2e_ms": [round(s.e2e_ms, 3) for s in good],
+    }
+
+
+def _in_time(sample: Any, work: Workload) -> bool:
+    soon = work.ttft_ms is None or sample.ttft_ms <= work.ttft_ms
+    return soon and (work.tpot_ms is None or (sample.tpot_ms or 0.0) <= work.tpot_ms)
+
+
+def _valid(text: str, schema: dict[str, Any] | None) -> bool:
+    """Of the schema's top level: required names, no others, their types and enums. Enough to tell a free answer."""
+    kinds: dict[str, Any] = {"string": str, "integer": int, "array": list, "object": dict, "number": (int, float)}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    properties = (schema or {}).get("properties", {})
+    if not isinstance(value, dict) or not set((schema or {}).get("required", ())) <= set(value) <= set(properties):
+        return False
+    return all(
+        isinstance(value[name], kinds.get(form.get("type"), object)) and value[name] in form.get("enum", [value[name]])
+        for name, form in properties.items()
+        if name in value
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """InvalidRequest: no such document. Reads no more than 256 MiB."""
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise InvalidRequest(f"{path} has more than {MAX_FILE >> 20} MiB: no results of septet bench")
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InvalidRequest(f"{path} holds no results of septet bench (format {FORMAT})")
+    return found
