@@ -55,6 +55,19 @@ double sum_of(const std::vector<float>& weight) {
 
 }  // namespace
 
+void forbid(float* logits, int64_t n, const uint32_t* words) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const uint32_t word = words[i / 32];
+    const int64_t m = std::min<int64_t>(32, n - i);
+    float* x = logits + i;
+    if (word == 0) {
+      std::fill(x, x + m, -INFINITY);
+    } else if (word != ~0u) {
+      for (int64_t j = 0; j < m; j++) x[j] = word >> j & 1 ? x[j] : -INFINITY;
+    }
+  }
+}
+
 bool keep(const StepKernels& kernels, const float* logits, int64_t n, const Sampling& how, SamplingScratch& scratch) {
   const int64_t top = kernels.argmax(logits, n);
   if (top < 0) return false;

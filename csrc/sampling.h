@@ -26,6 +26,9 @@ struct SamplingScratch {
   void fit(int64_t n) { weight.resize(static_cast<size_t>(n)), tokens.reserve(static_cast<size_t>(n)); }
 };
 
+// -inf for the tokens whose bit is not set in `words` (ceil(n / 32)), least significant first. See Ops.apply_mask.
+void forbid(float* logits, int64_t n, const uint32_t* words);
+
 // The tokens that top-k, top-p and min-p leave, into scratch.tokens, at least one. temperature > 0. False: a NaN.
 bool keep(const StepKernels& kernels, const float* logits, int64_t n, const Sampling& how, SamplingScratch& scratch);
 

@@ -130,12 +130,18 @@ int Tape::decode(const Decode& rows) {
   return 0;
 }
 
+void Tape::draw(const Decode& rows) {
+  pool_.parallel([&](int thread) { choose_tokens(rows, thread); });
+}
+
 void Tape::choose_tokens(const Decode& rows, int thread) {
   const Range mine = share(rows.n, thread, pool_.active());
   for (int64_t i = mine.first; i < mine.last; i++) {
     const int64_t r = rows.row[i], next = rows.start[i] + 1;
+    float* logits = rows.logits + i * result_width_;
+    if (rows.line && rows.line[i] >= 0) forbid(logits, result_width_, rows.words + rows.line[i] * rows.words_stride);
     const Sampling how{rows.temperature[r], rows.top_k[r], rows.top_p[r], rows.min_p[r], rows.seed[r], next};
-    const int64_t token = choose(*kernels_, rows.logits + i * result_width_, result_width_, how, choosing_[thread]);
+    const int64_t token = choose(*kernels_, logits, result_width_, how, choosing_[thread]);
     rows.sampled[i] = token;
     rows.tokens[r * rows.stride + next] = static_cast<int32_t>(std::max<int64_t>(token, 0));
   }

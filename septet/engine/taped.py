@@ -1,14 +1,15 @@
 """Decode steps on the tape: rows' tables in, sampled tokens out, one native call.
 
 Called by the runner for steps in which every row computes one token, as `StepGraphs` is on a GPU: the native side
-reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p). What
-needs more (penalties, grammars, log-probabilities) takes the logits from here and samples in Python.
+reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p). Under
+grammars the draw is a second call, with their masks. What needs more (penalties, bias, log-probabilities) takes the
+logits from here and samples in Python.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class TapedDecode:
         self.fill = self.inputs.numpy()
         # Pages are taken as rows are used; a new tensor a step would cost a page fault for every 4 KiB of logits.
         self.logits = torch.from_numpy(np.empty((max_rows, tape.vocab), dtype=np.float32))
+        self.tokens = torch.empty(0, dtype=torch.int64)  # of the last step
         self.arguments = self._arguments()
 
     def _arguments(self) -> Structure:
@@ -77,11 +79,24 @@ class TapedDecode:
         return info is not None and info.unadjusted
 
     def serves_masked(self, info: RowInfo) -> bool:
-        """The same, if it were given the row's mask."""
-        return False
+        """The same for `draw_masked`."""
+        params = info.params
+        adjusts = info.penalises or params.logit_bias or params.logprobs is not None
+        return info.unadjusted or (params.structured is not None and not adjusts)
 
     def draw_masked(self, masks: TokenMasks | None) -> None:
-        raise NotImplementedError
+        """After `run` without `sample`: as that would have drawn, but under these masks; they are applied to the logits
+        in place."""
+        arguments: Any = self.arguments
+        arguments.sampled = self.tokens.data_ptr()
+        if masks is not None:
+            words, line = masks.words, masks.line
+            assert words.is_contiguous()
+            assert 32 * words.shape[1] >= self.tape.vocab
+            assert len(line) == arguments.n
+            arguments.words, arguments.words_stride = words.data_ptr(), words.shape[1]
+            arguments.line = line.data_ptr()
+        self.tape.draw(arguments)
 
     def spare(self, busy: bool) -> bool:
         """Nothing is put off."""
@@ -93,8 +108,9 @@ class TapedDecode:
         self.fill[0, :n] = [row.row for row in rows]
         self.fill[1, :n] = [row.start for row in rows]
         self.fill[2, :n] = [row.slots[0] for row in rows]
-        tokens = torch.empty(n, dtype=torch.int64)
-        self.arguments.n = n  # type: ignore[attr-defined]
-        self.arguments.sampled = tokens.data_ptr() if sample else None  # type: ignore[attr-defined]
-        self.tape.decode(self.arguments)
-        return Buffers(self.inputs[0], self.inputs[1], self.logits, tokens)
+        self.tokens = torch.empty(n, dtype=torch.int64)
+        arguments: Any = self.arguments
+        arguments.n, arguments.line = n, None
+        arguments.sampled = self.tokens.data_ptr() if sample else None
+        self.tape.decode(arguments)
+        return Buffers(self.inputs[0], self.inputs[1], self.logits, self.tokens)

@@ -1,4 +1,5 @@
-"""Decode steps that sample natively draw the tokens that the torch sampler draws, for any parameters side by side."""
+"""Decode steps that sample natively draw the tokens that the torch sampler draws, for any parameters side by side,
+under masks too."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 
 from septet.config import EngineConfig
+from septet.engine.constraints import TokenMasks
 from septet.engine.process import Engine, build_engine
+from septet.engine.sampler import Pick, sample
 from septet.engine.taped import TapedDecode
+from septet.kernels.reference import ReferenceOps
 from septet.request import Request, SamplingParams
+from septet.step import Join, PlanRow
 from tests import tiny
 from tests.native import native_library
 
@@ -98,3 +103,47 @@ def test_rows_that_need_python_share_the_step(model: Path) -> None:
     assert got[: len(PARAMS)] == answers(start(model, "native"), PARAMS)
     assert got == answers(start(model, "reference"), mixed)
     assert set(got[-1]) == {7}
+
+
+def masked_step(engine: Engine, seed: int) -> tuple[TapedDecode, list[PlanRow], TokenMasks]:
+    """Every row of PARAMS computes one token; masks of all kinds, in another order than the rows'."""
+    runner = engine.executor.runner  # type: ignore[attr-defined]
+    n, vocab, start = len(PARAMS), runner.graphs.tape.vocab, 4
+    tokens = tuple(range(7, 7 + start + 1))
+    params = [SamplingParams(seed=seed * 100 + i, **p) for i, p in enumerate(PARAMS)]
+    slots = [tuple(range(100 * i, 100 * i + start)) for i in range(n)]
+    joins = [Join(str(i), n - 1 - i, tokens, start, slots[i], p) for i, p in enumerate(params)]
+    runner.rows.join(joins, runner.staging)
+    rows = [PlanRow(str(i), n - 1 - i, start, 1, (100 * i + start,), 1) for i in range(n)]
+    words = torch.randint(
+        -(2**31), 2**31, (n + 2, -(-vocab // 32)), generator=torch.Generator().manual_seed(seed)
+    ).int()
+    words[0] = -1  # everything
+    words[1] = 0
+    words[1, 2] = 1 << 5  # one token
+    words[2, 1:] = 0  # few
+    words[3] = 0  # none
+    line = torch.tensor([0, 1, -1, 2, n + 1, 3, 1, -1])
+    return runner.graphs, rows, TokenMasks(words, line.roll(seed))
+
+
+@torch.inference_mode()
+def test_drawn_under_masks_as_the_reference_draws(model: Path) -> None:
+    engine = start(model, "native")
+    runner = engine.executor.runner  # type: ignore[attr-defined]
+    for seed in range(16):
+        graphs, rows, masks = masked_step(engine, seed)
+        out = graphs.run(rows, sample=False)
+        logits, row, position = out.logits[: len(rows)].clone(), out.row[: len(rows)], out.position()[: len(rows)]
+        picks = [Pick(r.row, 5, runner.rows.info[r.row]) for r in rows]
+        want = sample(ReferenceOps(), logits, picks, runner.rows, row, position, masks).tokens
+        free = graphs.run(rows, sample=True).tokens
+        graphs.run(rows, sample=False)
+        graphs.draw_masked(masks)
+        got = graphs.tokens
+        assert got.tolist() == want.tolist()
+        assert runner.rows.tokens[row, position].tolist() == want.tolist()
+        assert (got == 69).sum() >= 2  # the only token that they may take
+        unbound = (masks.line <= 0).nonzero()[:, 0]
+        assert got[unbound].tolist() == free[unbound].tolist()
+        assert (got != free).any()
