@@ -215,3 +215,75 @@ def list_all() -> None:
     for name, entry in known().items():
         found = target(f"{name}:{entry.get('model', 'MODEL')}", {}, {})
         click.echo(f"{name:13} {entry['title']:13} {found.missing or 'installed'}")
+
+
+@bench.command()
+@click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("septet-bench"),
+              show_default=True)  # fmt: skip
+def report(results: Path, out: Path) -> None:
+    """Draw the report of RESULTS (results.json) again."""
+    from septet.bench.harness.report import write_reports
+    from septet.bench.harness.results import read
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_reports(read(results), out)
+    click.echo(f"written: {out / 'report.html'}, {out / 'report.md'}")
+
+
+@bench.command()
+@click.argument("before", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("after", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--threshold", type=click.FloatRange(0), default=5.0, show_default=True, help="Percent.")
+@click.option("--ignore-overlapping", is_flag=True, help="Changes whose intervals overlap are no regressions.")
+@click.option("--all", "every", is_flag=True, help="Show every figure.")
+@click.pass_context
+def compare(
+    ctx: click.Context, before: Path, after: Path, threshold: float, ignore_overlapping: bool, every: bool
+) -> None:
+    """What became worse from BEFORE to AFTER (results.json each); code 1 if anything did by more than the threshold."""
+    from septet.bench.harness.compare import compare as changes_of
+    from septet.bench.harness.results import read
+    from septet.errors import InvalidRequest
+
+    try:
+        changes, notes = changes_of(read(before), read(after))
+    except InvalidRequest as error:
+        raise click.UsageError(error.message) from None
+    worse = [c for c in changes if c.worse > threshold and not (ignore_overlapping and c.overlap)]
+    better = [c for c in changes if c.worse < -threshold]
+    for note in notes:
+        click.echo(f"note: {note}")
+    for change in changes if every else [*worse, *better]:
+        click.echo(f"{'REGRESSION ' if change in worse else ''}{change.line()}")
+    click.echo(f"{len(changes)} figures: {len(worse)} worse and {len(better)} better by more than {threshold:g} %")
+    ctx.exit(1 if worse else 0)
+
+
+@bench.command()
+@click.option("--results", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with what "
+              "Septet measured on a GPU [the checkout's benchmarks/results/h100].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True)
+def published(results: Path | None, as_json: bool) -> None:
+    """Figures that others published, with their source and what is doubtful, beside Septet's nearest measurement."""
+    import json
+
+    from septet.bench.harness.published import amount, nearest, reference
+
+    known = reference()
+    measured = nearest(results or Path(__file__).parents[2] / "benchmarks" / "results" / "h100")
+    if as_json:
+        entries = [{**e, "septet_measured": measured.get(e["id"])} for e in known["entries"]]
+        click.echo(json.dumps({**known, "entries": entries}, indent=1))
+        return
+    click.echo(f"{known['title']}, {known['date']}. {known['about']}\nIts sources: {known['sources']}.")
+    table = ""
+    for e in known["entries"]:
+        if e["source"] != table:
+            table = e["source"]
+            click.echo(f"\n{table}")
+        click.echo(f"  {e['engine']:16} {e['model']}, {e['hardware']}, {e['workload']}: {e['metric']} {amount(e)}")
+        for flag in e["flags"]:
+            click.echo(f"    ! {flag}")
+        if e["id"] in measured:
+            click.echo(f"    Septet measured {measured[e['id']]}")

@@ -42,6 +42,11 @@ def cost(document: dict[str, Any], point: dict[str, Any]) -> float | None:
     return price["usd_per_hour"] / 3600 / rate["median"] * 1e6 if price and rate and rate["median"] else None
 
 
+def started(target: dict[str, Any]) -> str:
+    """Seconds of each start."""
+    return ", ".join(f"{s:.1f}" for s in target["start_s"])
+
+
 def about(document: dict[str, Any]) -> list[str]:
     """What a reader must know before the figures."""
     m = document["machine"]
@@ -70,10 +75,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines += ["", *(f"- {note}" for note in document["notes"])]
     lines += ["", "## Engines", "", "| engine | model | state | start, s |", "|---|---|---|---|"]
     for t in document["targets"]:
-        start = ", ".join(f"{s:.1f}" for s in t["start_s"])
-        lines.append(
-            f"| {t['name']} | {t['model'] or t.get('served_model', '')} | {t['status']} {t['why']} | {start} |"
-        )
+        model = t["model"] or t.get("served_model", "")
+        lines.append(f"| {t['name']} | {model} | {t['status']} {t['why']} | {started(t)} |")
     for workload in dict.fromkeys(p["workload"] for p in document["points"]):
         points = [p for p in document["points"] if p["workload"] == workload]
         shown = [name for name in UNITS if any(name in p["figures"] for p in points)]
