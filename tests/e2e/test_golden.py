@@ -45,7 +45,11 @@ def test_eight_bit_activations_say_what_llama_cpp_says(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", GOLDEN)
-def test_greedy_text_is_that_of_llama_cpp(model: str) -> None:
-    rows = GOLDEN[model]
+@pytest.mark.parametrize(
+    "rows", [slice(0, 2), pytest.param(slice(2, None), marks=pytest.mark.slow)], ids=["few", "rest"]
+)
+def test_greedy_text_is_that_of_llama_cpp(model: str, rows: slice) -> None:
+    """In float32, by the reference kernels, on weights dequantised as llama.cpp dequantises them."""
+    wanted = GOLDEN[model][rows]
     with LLM(model, kernels="reference", dtype="float32", max_num_seqs=8, max_model_len=512) as llm:
-        assert ask(llm, rows) == [(r["text"], r["prompt_tokens"]) for r in rows]
+        assert ask(llm, wanted) == [(r["text"], r["prompt_tokens"]) for r in wanted]

@@ -90,7 +90,8 @@ def test_tokenize_and_back() -> None:
         "tokens": list("héy".encode()),
         "token_strs": ["h", "�", "�", "y"],
     }
-    assert ask(app, "POST", DETOKENIZE, json={"tokens": told["tokens"]}).json() == {"prompt": "héy"}
+    back = ask(app, "POST", DETOKENIZE, json={"tokens": told["tokens"]}).json()
+    assert back == {"prompt": "héy", "content": "héy", "text": "héy"}, "vLLM's name, llama.cpp's and SGLang's"
     chat = ask(app, "POST", TOKENIZE, json={"messages": HI["messages"]}).json()
     assert bytes(chat["tokens"]) == b"[user]hi[assistant]"
     plain = ask(app, "POST", TOKENIZE, json={"messages": HI["messages"], "add_generation_prompt": False}).json()
