@@ -7,9 +7,9 @@ number of replicas behind a router. Deterministic. What is not simulated: tokeni
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
-import random
 import zlib
 from array import array
 from collections import deque
@@ -20,6 +20,7 @@ from septet.advisor.estimate import Work
 from septet.engine.scheduler import Scheduler, SchedulerLimits
 from septet.errors import InvalidRequest
 from septet.kv.cache import KVCache
+from septet.kv.radix import RadixTree
 from septet.request import Request, SamplingParams
 from septet.step import RowResult, StepResult
 
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from septet.advisor.estimate import StepModel
     from septet.step import StepPlan
 
-__all__ = ["ROUTERS", "Fleet", "Outcome", "Served", "SimulatedExecutor", "simulate"]
+__all__ = ["ROUTERS", "Fleet", "Outcome", "Served", "SimulatedExecutor", "group_of", "simulate"]
 
-VOCAB = 1 << 15
-TOKEN = 7  # what every step draws
+VOCAB = 1 << 31
+TOKEN = 7  # what every step draws, and what prompts are made of after the token that tells them apart
+EVICT_AT_ONCE = 256  # slots; at most this share of the pool:
+EVICT_SHARE = 1 / 256
 ROUTERS = ("round-robin", "least-loaded", "prefix")
 
 
@@ -105,6 +108,7 @@ class SimulatedExecutor:
 
     step_model: StepModel
     free_prompts: bool = False
+    drawn: dict[str, RowResult] = field(default_factory=dict)  # by request: always the same token
 
     def run(self, plan: StepPlan) -> tuple[StepResult, float]:
         rows = context = prefill = 0
@@ -116,8 +120,22 @@ class SimulatedExecutor:
             elif not self.free_prompts:
                 prefill += row.n
                 pairs += row.n * (row.start + (row.n + 1) / 2)
-        drawn = tuple([RowResult(row.request, (TOKEN,)) for row in plan.rows if row.n_sample])
+        known = self.drawn
+        for join in plan.joins:
+            known[join.request] = RowResult(join.request, (TOKEN,))
+        drawn = tuple([known[row.request] for row in plan.rows if row.n_sample])
         return StepResult(plan.step, drawn), self.step_model.step_s(Work(rows, context, prefill, pairs))
+
+
+class PatientTree(RadixTree):
+    """Evicts in the tree's order, but `at_once` slots a time: a full pool would else evict for every single token."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once = at_once
+
+    def evict(self, n: int) -> list[int]:
+        return super().evict(min(max(n, self.at_once), self.n_slots - self.n_locked))
 
 
 @dataclass(slots=True)
@@ -140,6 +158,7 @@ class Simulation:
         self.numbers = itertools.count()
         self.turn = itertools.count()
         self.requests: dict[str, tuple[Served, Arrival, array[int]]] = {}
+        self.unanswered: set[str] = set()
         self.outcome = Outcome([], replicas=fleet.replicas + fleet.prefill_replicas)
         self.now = 0.0
 
@@ -152,7 +171,8 @@ class Simulation:
             max_model_len=length,
             max_waiting=1 << 30,
         )
-        scheduler = Scheduler(limits, KVCache(f.kv_slots + 1), VOCAB)
+        index = PatientTree(max(1, min(EVICT_AT_ONCE, int(f.kv_slots * EVICT_SHARE))))
+        scheduler = Scheduler(limits, KVCache(f.kv_slots + 1, index=index), VOCAB)
         return Replica(scheduler, SimulatedExecutor(f.step_model, free))
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -186,7 +206,8 @@ class Simulation:
         served = Served(arrival.at, arrival.prompt, arrival.output)
         self.outcome.served.append(served)
         name = str(len(self.outcome.served))
-        self.requests[name] = (served, arrival, _tokens(arrival, int(name)))
+        self.requests[name] = (served, arrival, _tokens(arrival, len(self.outcome.served)))
+        self.unanswered.add(name)
         self._submit(self._choose(self.prefillers or self.decoders, arrival), name)
 
     def _choose(self, pool: list[Replica], arrival: Arrival) -> Replica:
@@ -195,7 +216,7 @@ class Simulation:
         if self.fleet.router == "round-robin":
             return pool[next(self.turn) % len(pool)]
         if self.fleet.router == "prefix" and arrival.prefix_id:
-            return pool[zlib.crc32(str(arrival.prefix_id).encode()) % len(pool)]
+            return pool[group_of(arrival, len(pool))]
         return min(pool, key=lambda r: r.open)
 
     def _submit(self, replica: Replica, name: str) -> None:
@@ -229,12 +250,17 @@ class Simulation:
     def _finish(self, replica: Replica) -> None:
         replica.busy = False
         apart = bool(self.prefillers) and not replica.executor.free_prompts
+        unanswered = self.unanswered
         for update in replica.scheduler.commit(replica.pending.popleft()):
+            if update.finish_reason is None and update.request not in unanswered:
+                continue
             served, arrival, _ = self.requests[update.request]
-            if update.tokens and served.first < 0:
+            if update.request in unanswered:
+                unanswered.remove(update.request)
                 served.first = self.now
             if update.finish_reason is not None:
                 replica.open -= 1
+                del replica.executor.drawn[update.request]
                 if apart and arrival.output > 1:
                     self._at(self.now + arrival.prompt * self.fleet.hand_over_s, update.request)
                 else:
@@ -243,14 +269,27 @@ class Simulation:
         self._start(replica)
 
 
+def group_of(arrival: Arrival, replicas: int) -> int:
+    """The replica that keeps this prefix."""
+    return zlib.crc32(str(arrival.prefix_id).encode()) % replicas
+
+
 def simulate(fleet: Fleet, arrivals: Iterable[Arrival]) -> Outcome:
     """Serve `arrivals`, in order of time, until the last answer has ended."""
-    return Simulation(fleet).run(arrivals)
+    collecting = gc.isenabled()
+    gc.disable()  # what a step makes is freed by its count; looking for cycles among a pool's leases takes a third
+    try:
+        return Simulation(fleet).run(arrivals)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _tokens(arrival: Arrival, number: int) -> array[int]:
-    """A prompt that shares its prefix with its group and nothing else with anybody."""
-    shared = random.Random(arrival.prefix_id).randbytes(2 * arrival.prefix) if arrival.prefix else b""
-    own = random.Random(-1 - number).randbytes(2 * (arrival.prompt - arrival.prefix))
-    halves = array("H", shared + own)
-    return array("i", [half >> 1 for half in halves])
+    """A prompt that shares its prefix with its group and nothing else with anybody: one token tells them apart."""
+    tokens = array("i", [TOKEN]) * arrival.prompt
+    if arrival.prefix:
+        tokens[0] = -arrival.prefix_id % VOCAB
+    if arrival.prefix < arrival.prompt:
+        tokens[arrival.prefix] = TOKEN + number
+    return tokens

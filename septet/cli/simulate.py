@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from septet.advisor.calibrate import load
+from septet.advisor.capacity import fitting
+from septet.advisor.estimate import Estimator
+from septet.advisor.simulate import Fleet
+from septet.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from septet.advisor.arrivals import Arrival
+    from septet.advisor.calibrate import Calibration
 
 __all__ = ["simulate"]
 
@@ -37,6 +47,9 @@ __all__ = ["simulate"]
 @click.option("--groups", type=int, default=1, show_default=True, help="Different prefixes.")
 @click.option("--ttft", type=float, default=500.0, show_default=True, help="Target in ms, for goodput.")
 @click.option("--tpot", type=float, default=50.0, show_default=True, help="Target in ms, for goodput.")
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Measured step times and limits (python -m septet.bench.simulated --calibration), instead of "
+              "--hardware, --quant and --tp.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **given: Any) -> None:
@@ -44,18 +57,14 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
 
     \b
     septet simulate llama-8b --rate 20 --requests 2000 --prefix 1024 --groups 8
+    septet simulate smollm2 --calibration here.json --rate 2 --requests 500
     """
     from septet.advisor.arrivals import Lengths, poisson, read_trace
-    from septet.advisor.capacity import fitting
-    from septet.advisor.estimate import Estimator
     from septet.advisor.hardware import hardware, model_shape
-    from septet.advisor.simulate import Fleet
-    from septet.advisor.simulate import simulate as run
+    from septet.advisor.parallel import simulate_apart
     from septet.advisor.summary import summarise
+    from septet.machine import usable_cpus
 
-    config, weights = model_shape(model)
-    card = hardware(machine)
-    step_model = Estimator(config, card, quant, tp, weights)
     if given["trace"] is not None:
         arrivals = read_trace(given["trace"], scale=given["time_scale"])
     else:
@@ -63,28 +72,56 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
             prompt=given["prompt"], output=given["output"], prefix=given["prefix"], groups=given["groups"]
         )
         arrivals = list(poisson(given["requests"], given["rate"], lengths, given["seed"], given["burst"]))
-    longest = max(a.prompt + a.output for a in arrivals)
-    slots = fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192)
-    fleet = Fleet(
-        step_model=step_model,
-        kv_slots=slots,
-        max_model_len=longest + 1,
-        replicas=given["replicas"],
-        router=given["router"],
-        prefix_caching=given["caching"],
-        chunked_prefill=given["chunked"],
-        prefill_replicas=given["prefill_replicas"],
-        hand_over_s=step_model.kv_bytes / (card.link_gb_s * 1e9),
-        seed=given["seed"],
-    )
+    if given["calibration"] is not None:
+        measured = load(given["calibration"])
+        card, tp, fleet = hardware("cpu"), 1, _measured_fleet(measured, given)
+        title, known = f"{measured.model} on {fleet.replicas} x {measured.machine}", "measured on this machine"
+    else:
+        config, weights = model_shape(model)
+        card = hardware(machine)
+        fleet = _estimated_fleet(Estimator(config, card, quant, tp, weights), arrivals, given)
+        title = f"{model} on {fleet.replicas + fleet.prefill_replicas} x {tp} {card.title}, {quant}"
+        known = "fitted to measurements" if card.measured and tp == 1 and quant == "bf16" else "arithmetic"
     began = time.perf_counter()
-    outcome = run(fleet, arrivals)
+    outcome = simulate_apart(fleet, arrivals, usable_cpus())
     took = time.perf_counter() - began
     found = summarise(outcome, ttft_ms=given["ttft"], tpot_ms=given["tpot"], usd_per_hour=tp * card.usd_per_hour)
-    if as_json:
-        click.echo(json.dumps({**found.data(), "simulated_in_s": took, "steps": outcome.steps}, indent=1))
+    if as_json:  # nothing of this machine's clock: the same seed gives the same bytes
+        click.echo(json.dumps({**found.data(), "steps": outcome.steps}, indent=1))
         return
-    click.echo(f"{model} on {outcome.replicas} x {tp} {card.title}, {quant}, {slots:,} KV tokens each")
+    click.echo(f"{title}, {fleet.kv_slots:,} KV tokens each")
     click.echo("\n".join(found.lines()))
-    fitted = "fitted to measurements" if card.measured and tp == 1 and quant == "bf16" else "arithmetic"
-    click.echo(f"  simulated in {took:.1f} s ({outcome.steps:,} steps); step times are {fitted}")
+    click.echo(f"  simulated in {took:.1f} s ({outcome.steps:,} steps); step times are {known}")
+
+
+def _chosen(given: dict[str, Any]) -> dict[str, Any]:
+    """What a fleet takes from the options as it is."""
+    names = {"replicas": "replicas", "router": "router", "caching": "prefix_caching", "chunked": "chunked_prefill",
+             "prefill_replicas": "prefill_replicas", "seed": "seed"}  # fmt: skip
+    return {field: given[option] for option, field in names.items()}
+
+
+def _estimated_fleet(step_model: Estimator, arrivals: list[Arrival], given: dict[str, Any]) -> Fleet:
+    longest = max(a.prompt + a.output for a in arrivals)
+    return Fleet(
+        step_model=step_model,
+        kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192),
+        max_model_len=longest + 1,
+        hand_over_s=step_model.kv_bytes / (step_model.hardware.link_gb_s * 1e9),
+        **_chosen(given),
+    )
+
+
+def _measured_fleet(measured: Calibration, given: dict[str, Any]) -> Fleet:
+    if given["prefill_replicas"]:
+        raise InvalidRequest(
+            "a calibration says nothing of a link between machines: leave --prefill-replicas out", param="calibration"
+        )
+    return Fleet(
+        step_model=measured,
+        kv_slots=measured.kv_slots,
+        max_num_seqs=measured.max_num_seqs,
+        max_num_batched_tokens=measured.max_num_batched_tokens,
+        max_model_len=measured.max_model_len,
+        **_chosen(given),
+    )
