@@ -82,7 +82,7 @@ async def _converse(one: Ask, server: Running, http: httpx.AsyncClient, run: Run
         run.samples.append(sample)
         told()
         if sample.lost:
-            run.lost = run.lost or server.death() or f"{server.target.title}: {sample.error}"
+            run.lost = run.lost or f"{server.target.title}: {sample.error}"
         if not sample.ok:
             return
         said.append({"role": "assistant", "content": sample.text})

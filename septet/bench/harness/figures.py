@@ -1,6 +1,6 @@
 """Runs to figures: medians with bootstrap intervals. Used by `results.py`; knows nothing but numbers.
 
-An interval is resampled in two stages, as the data come: runs, then the requests within each.
+An interval is resampled in two stages, as the data come: runs, then requests within each; each run counts alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UNITS = {
     "joules_per_token": "J per output token", "failed_share": "of requests failed",
     "prompt_tokens": "tokens in, median", "answer_tokens": "tokens out, median",
 }  # fmt: skip
-RESAMPLES, LEVEL = 1000, 0.95
+RESAMPLES, MOST_DRAWN, LEVEL = 1000, 10_000_000, 0.95
 
 
 def figures(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -56,11 +56,13 @@ def figure(groups: list[list[float]], percent: float) -> dict[str, float | None]
     }  # fmt: skip
     if len(every) < 2:
         return result
-    rng = np.random.default_rng(0)
-    drawn = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        picked = [rows[k] for k in rng.integers(0, len(rows), len(rows))]
-        drawn[i] = np.percentile(np.concatenate([row[rng.integers(0, len(row), len(row))] for row in picked]), percent)
+    rng, most = np.random.default_rng(0), max(map(len, rows))
+    table = np.stack([np.resize(row, most) for row in rows])  # beyond a row's own length: never drawn
+    lengths = np.asarray([len(row) for row in rows])
+    times = int(min(RESAMPLES, max(100, MOST_DRAWN // table.size)))
+    picked = rng.integers(0, len(rows), (times, len(rows)))
+    within = (rng.random((times, len(rows), most)) * lengths[picked][..., None]).astype(int)
+    drawn = np.percentile(table[picked[..., None], within].reshape(times, -1), percent, axis=1)
     edge = (1 - LEVEL) / 2 * 100
     result["low"], result["high"] = (float(v) for v in np.percentile(drawn, (edge, 100 - edge)))
     return result

@@ -50,9 +50,13 @@ class Running:
                 self.seen.update((p.pid, p) for p in (root, *root.children(recursive=True)))
         return [p for p in self.seen.values() if p.is_running()]
 
-    def death(self) -> str:
-        """How it ended; '' while it runs or where it is not ours."""
-        if self.process is None or (code := self.process.poll()) is None:
+    def death(self, wait_s: float = 0.0) -> str:
+        """How it ended; '' while it runs or where it is not ours. A process's sockets close a little before it ends."""
+        if self.process is None:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait_s)
+        if (code := self.process.returncode) is None:
             return ""
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         return f"{self.target.title} ended {how}{self._last_words()}"
@@ -146,7 +150,11 @@ def stop(server: Running) -> None:
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
-    _, left = psutil.wait_procs([p for p in server.seen.values() if p.is_running()], timeout=5)
+    _, left = psutil.wait_procs([p for p in server.seen.values() if p.is_running()], timeout=1)
+    for p in left:
+        with contextlib.suppress(psutil.Error):
+            p.terminate()
+    _, left = psutil.wait_procs(left, timeout=5)
     for p in left:
         with contextlib.suppress(psutil.Error):
             p.kill()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measurement", "Progress"]
 
-WARM_TOKENS = 8
+WARM_TOKENS, DEATH_S = 8, 2.0
 
 
 class Progress:
@@ -114,7 +114,10 @@ class Measurement:
             warm = drive(server, [Ask(0.0, ("Hello",), WARM_TOKENS)], streams=1, timed=False,
                          timeout_s=self.timeout_s, told=lambda: None)  # fmt: skip
             if not warm.samples[0].ok:
-                raise SeptetError(warm.lost or f"{target.title} can't answer: {warm.samples[0].error}")
+                raise SeptetError(
+                    server.death(DEATH_S if warm.lost else 0.0)
+                    or f"{target.title} can't answer: {warm.samples[0].error}"
+                )
             entry = self.results.targets[target.name]
             if target.command:
                 entry["start_s"].append(round(server.start_s, 3))
@@ -138,7 +141,7 @@ class Measurement:
         self._remarks(name, work, point, found, run)
         self.results.write(self.path)
         if run.lost:
-            raise SeptetError(f"{run.lost} ({work.name}, {point.label}, round {number + 1})")
+            raise SeptetError(f"{server.death(DEATH_S) or run.lost} ({work.name}, {point.label}, round {number + 1})")
 
     def _remarks(self, name: str, work: Workload, point: Point, found: dict[str, Any], run: Run) -> None:
         where = f"{name}, {work.name}, {point.label}"

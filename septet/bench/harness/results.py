@@ -35,6 +35,7 @@ class Results:
     points: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     finished: bool = False
+    _figures: dict[tuple[Any, int], dict[str, Any]] = field(default_factory=dict)  # by point and number of runs
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -51,8 +52,11 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         points = []
-        for entry in self.points.values():
-            found = figures(entry["runs"])
+        for key, entry in self.points.items():
+            known = (key, len(entry["runs"]))
+            if known not in self._figures:
+                self._figures[known] = figures(entry["runs"])
+            found = self._figures[known]
             share = None
             if entry["limit_tokens_s"] and "output_tokens_s" in found:
                 share = (found["output_tokens_s"]["median"] or 0.0) / entry["limit_tokens_s"]
@@ -73,11 +77,16 @@ def run_of(run: Run, asks: list[Ask], work: Workload, number: int) -> dict[str, 
     good = [s for s in run.samples if s.ok]
     tokens, wall = sum(s.tokens for s in good), run.wall_s if good else 0.0
     asked = {one.output for one in asks}
-    rates = {"output_tokens_s": None, "total_tokens_s": None, "requests_s": None, "goodput_s": None}
+    rates: dict[str, float | None] = {
+        "output_tokens_s": None,
+        "total_tokens_s": None,
+        "requests_s": None,
+        "goodput_s": None,
+    }
     if wall > 0:
         rates = {"output_tokens_s": tokens / wall, "requests_s": len(good) / wall,
                  "total_tokens_s": (tokens + sum(s.prompt_tokens for s in good)) / wall,
-                 "goodput_s": sum(_in_time(s, work) for s in good) / wall if work.ttft_ms or work.tpot_ms else None}  # type: ignore[dict-item]  # fmt: skip
+                 "goodput_s": sum(_in_time(s, work) for s in good) / wall if work.ttft_ms or work.tpot_ms else None}  # fmt: skip
     ended = [s for s in good if s.ended == "stop"] if work.schema is not None else []
     return {
         "round": number,
