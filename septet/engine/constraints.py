@@ -123,9 +123,9 @@ class Answer:
     def read(self) -> None:
         if self._tokens is None:
             return
-        tokens = self._tokens.numpy()
+        tokens = self._tokens.numpy().tolist()
         self._tokens = None
-        self._owner.accept([(row, position, int(tokens[i])) for i, position, row in self._rows])
+        self._owner.accept([(row, position, tokens[i]) for i, position, row in self._rows])
 
     def verdicts(self) -> dict[int, Verdict]:
         """By the number of the pick, where there is something to say; once."""
@@ -162,17 +162,26 @@ class Constraints:
             return None
         while self._unread:
             self._unread.popleft().read()
-        found = [(i, pick, self._rows.get(pick.row)) for i, pick in enumerate(picks)]
-        wanted = [(i, pick, row) for i, pick, row in found if row is not None and not row.over(pick.position)]
-        if not wanted:
+        lines: list[int] = []
+        free: list[tuple[Pick, RowMatcher]] = []
+        forced: list[tuple[int, Pick, RowMatcher]] = []
+        for i, pick in enumerate(picks):
+            row = self._rows.get(pick.row)
+            if row is None or row.over(pick.position):
+                continue
+            if pick.position == row.at:
+                lines.append(i)
+                free.append((pick, row))
+            else:
+                forced.append((i, pick, row))
+        n_masks = len(free) + len(forced)
+        if not n_masks:
             return None
-        wanted.sort(key=lambda one: one[1].position < one[2].at)  # open positions first: they are filled at once
-        masks = self._buffers(len(wanted), len(picks))
+        masks = self._buffers(n_masks, len(picks))
         words, line = masks[0].numpy(), masks[1].numpy()
-        line[[i for i, _, _ in wanted]] = np.arange(len(wanted))
-        filled = [(pick, row) for _, pick, row in wanted if pick.position == row.at]
-        self._fill(words, filled)
-        for c, (_, pick, row) in enumerate(wanted[len(filled) :], len(filled)):
+        line[lines + [i for i, _, _ in forced]] = np.arange(n_masks)
+        self._fill(words, free)
+        for c, (_, pick, row) in enumerate(forced, len(free)):
             words[c] = 0
             token = row.ahead[pick.position]
             words[c].view(np.uint32)[token >> 5] = 1 << (token & 31)
@@ -180,16 +189,18 @@ class Constraints:
 
     def _fill(self, words: np.ndarray, rows: list[tuple[Pick, RowMatcher]]) -> None:
         """Masks of open positions. One that turns out to be forced takes its matcher ahead."""
+        if not rows:
+            return
         self._library.fill([row.matcher for _, row in rows], words)
-        single = single_bits(words[: len(rows)])
-        for line, alone, (pick, row) in zip(words, single, rows, strict=False):
+        for i in single_bits(words[: len(rows)]).tolist():
+            if not rows[i][1].matcher.is_error():
+                rows[i][1].force()
+        for i, (pick, row) in enumerate(rows):
             if row.matcher.is_error():
                 row.error = _why(row.matcher)
-                line.fill(-1)
-            elif alone:
-                row.force()
-            else:
-                _hold_back(line, pick)
+                words[i] = -1
+            elif pick.info.params.min_tokens and pick.position == row.at:
+                _hold_back(words[i], pick)
 
     def follow(self, picks: Sequence[Pick], tokens: HostCopy) -> Answer | None:
         """The tokens of these picks are on their way: they will be taken before the next masks are made."""
@@ -202,22 +213,33 @@ class Constraints:
 
     def accept(self, sampled: list[tuple[RowMatcher, int, int]]) -> None:
         """(row, position, token) of each sample. A negative token: the row failed."""
-        live = [(row, position, token) for row, position, token in sampled if not row.over(position)]
-        for row, _, token in live:
+        taking: list[RowMatcher] = []
+        tokens: list[int] = []
+        over: list[RowMatcher] = []
+        for row, position, token in sampled:
+            if row.over(position):
+                continue
             if token < 0:
                 row.error = SeptetError("the model produced NaN logits for this request")
-        taking = [(row, token) for row, position, token in live if token >= 0 and position == row.at]
-        taken = self._library.accept([row.matcher for row, _ in taking], [token for _, token in taking])
-        for (row, _), ok in zip(taking, taken, strict=True):
+            elif position == row.at:
+                taking.append(row)
+                tokens.append(token)
+                continue
+            elif row.ahead.get(position, token) != token:
+                row.error = SeptetError("a forced token was not sampled")
+            if row.over(position + 1):
+                over.append(row)
+        taken = self._library.accept([row.matcher for row in taking], tokens)
+        for row, ok in zip(taking, taken, strict=True):
             row.at += 1
             if not ok:
                 row.error = _why(row.matcher)
-            else:
-                row.ended = row.matcher.is_stopped()
-        for row, position, token in live:
-            if row.error is None and row.ahead.get(position, token) != token:
-                row.error = SeptetError("a forced token was not sampled")
-            if row.over(position + 1) and self._rows.get(row.row) is row:
+                over.append(row)
+            elif row.matcher.is_stopped():
+                row.ended = True
+                over.append(row)
+        for row in over:
+            if self._rows.get(row.row) is row:
                 del self._rows[row.row]
 
     def _buffers(self, n_masks: int, n_picks: int) -> tuple[Tensor, Tensor]:

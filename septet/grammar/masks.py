@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from llguidance import LLMatcher
 
 __all__ = ["Masks", "mask_words", "single_bits"]
 
 MAX_THREADS = 16
+HEAD = 32  # words in which most masks that leave a choice show it: tokens of one byte come first in most vocabularies
 POOL_FROM = 8  # rows
 
 
@@ -26,11 +28,18 @@ def mask_words(vocab_size: int) -> int:
     return (vocab_size + 31) // 32
 
 
-def single_bits(words: np.ndarray) -> list[bool]:
-    """words (n, W) int32: whether each row has exactly one bit set."""
-    bits = words.view("uint32")
-    one_word = ((bits != 0).sum(1) == 1).tolist()
-    return [one and (top := int(row.max())) & (top - 1) == 0 for one, row in zip(one_word, bits, strict=True)]
+def single_bits(words: np.ndarray) -> np.ndarray:
+    """words (n, W) int32 -> numbers of the rows that have exactly one bit set."""
+    bits = words.view(np.uint32)
+    rows = np.flatnonzero((bits[:, :HEAD] != 0).sum(1) < 2)
+    if not len(rows):
+        return rows
+    bits = bits[rows]
+    some = bits != 0
+    first = some.argmax(1)
+    top = bits[np.arange(len(rows)), first]
+    alone = first + some[:, ::-1].argmax(1) == bits.shape[1] - 1  # the first word with a bit is the last
+    return rows[alone & (top != 0) & (top & (top - np.uint32(1)) == 0)]
 
 
 class Masks:
