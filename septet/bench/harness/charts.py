@@ -70,7 +70,7 @@ def bars(rows: list[Bar], label: str) -> str:
 
 def lines(series: dict[str, list[Dot]], label: str, x_name: str, y_name: str, *, log_x: bool = False) -> str:
     """One line a series, in the order of its dots; both axes begin at 0 unless x is drawn as powers of two."""
-    left, right, top, bottom, height = 70, 24, 16, 44, 320
+    left, right, top, bottom, height = 70, 24, 28, 44, 330
     every = [dot for dots in series.values() for dot in dots]
     x_top, y_top = max([d.x for d in every] or [1.0]) or 1.0, max([d.high or d.y for d in every] or [1.0]) or 1.0
     x_marks = sorted({d.x for d in every}) if log_x else _ticks(x_top)

@@ -150,4 +150,4 @@ class Measurement:
         if found["short"]:
             self.results.note(f"{where}: answers ended before the length asked for, so lengths differ between engines")
         if found["requests"] > found["failed"] and not found["counted_by_server"]:
-            self.results.note(f"{where}: the server counts no tokens; pieces of text are counted instead")
+            self.results.note(f"{name}: the server counts no tokens; pieces of text are counted instead")

@@ -47,7 +47,8 @@ def html(document: dict[str, Any]) -> str:
 
 
 def _charts(document: dict[str, Any], names: list[str]) -> list[str]:
-    points = document["points"]
+    order = list(dict.fromkeys((p["workload"], p["label"]) for p in document["points"]))
+    points = sorted(document["points"], key=lambda p: order.index((p["workload"], p["label"])))
     found = []
 
     def card(title: str, note: str, drawn: str) -> None:
@@ -55,8 +56,14 @@ def _charts(document: dict[str, Any], names: list[str]) -> list[str]:
 
     swept = [p for p in points if p["kind"] == "closed" and {"tpot_ms", "output_tokens_s"} <= set(p["figures"])]
     if swept:
-        series = {n: sorted((_dot(p, "tpot_ms") for p in swept if p["target"] == n), key=lambda d: d.x) for n in names}
-        card("Throughput against latency", "Up and to the left is better. A dot is a workload at a number of streams.",
+        sizes = {
+            w: len({p["x"] for p in swept if p["workload"] == w}) for w in dict.fromkeys(p["workload"] for p in swept)
+        }
+        widest = max(sizes, key=lambda w: sizes[w])
+        sweep = [p for p in swept if p["workload"] == widest]
+        series = {n: [_dot(p, "tpot_ms") for p in sweep if p["target"] == n] for n in names}
+        told = f"{sweep[0]['title']}: a dot is a number of streams; up and to the left is better."
+        card("Throughput against latency", told,
              lines(series, "throughput against latency", UNITS["tpot_ms"], UNITS["output_tokens_s"]))  # fmt: skip
     for workload in dict.fromkeys(p["workload"] for p in swept):
         mine = [p for p in swept if p["workload"] == workload]

@@ -83,10 +83,11 @@ def run_of(run: Run, asks: list[Ask], work: Workload, number: int) -> dict[str, 
         "requests_s": None,
         "goodput_s": None,
     }
+    judged = work.ttft_ms is not None or work.tpot_ms is not None
     if wall > 0:
         rates = {"output_tokens_s": tokens / wall, "requests_s": len(good) / wall,
                  "total_tokens_s": (tokens + sum(s.prompt_tokens for s in good)) / wall,
-                 "goodput_s": sum(_in_time(s, work) for s in good) / wall if work.ttft_ms or work.tpot_ms else None}  # fmt: skip
+                 "goodput_s": sum(_in_time(s, work) for s in good) / wall if judged else None}  # fmt: skip
     ended = [s for s in good if s.ended == "stop"] if work.schema is not None else []
     return {
         "round": number,
