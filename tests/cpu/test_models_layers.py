@@ -211,7 +211,8 @@ def test_forward_touches_tensors_through_ops_alone(name: str) -> None:
     post = ["rms_norm"] if gemma else []
     layer = ["add_rms_norm", *attention, *post, "add_rms_norm", *mlp, *post]
     tail = ["add_rms_norm", "take_rows", "linear", *(["soft_cap"] if gemma else [])]
-    assert recorder.calls == ["embed", "rms_norm", *layer[1:], *layer * (pair.config.num_layers - 1), *tail]
+    called = [name for name in recorder.calls if name != "value"]  # of a reference: what it is given
+    assert called == ["embed", "rms_norm", *layer[1:], *layer * (pair.config.num_layers - 1), *tail]
 
 
 def test_hidden_is_what_the_head_reads() -> None:
