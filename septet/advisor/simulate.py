@@ -7,7 +7,6 @@ number of replicas behind a router. Deterministic. What is not simulated: tokeni
 
 from __future__ import annotations
 
-import gc
 import heapq
 import itertools
 import zlib
@@ -104,7 +103,7 @@ class Outcome:
 @dataclass(slots=True)
 class SimulatedExecutor:
     """Answers a plan with tokens that mean nothing, and says how long it takes. free_prompts: their keys and values
-    come from elsewhere."""
+    come from elsewhere, and what is left of a prompt is its last token, a decoding row."""
 
     step_model: StepModel
     free_prompts: bool = False
@@ -117,7 +116,10 @@ class SimulatedExecutor:
             if row.n == 1 and row.n_sample:
                 rows += 1
                 context += row.start + 1
-            elif not self.free_prompts:
+            elif self.free_prompts:
+                rows += row.n_sample
+                context += (row.start + row.n) * row.n_sample
+            else:
                 prefill += row.n
                 pairs += row.n * (row.start + (row.n + 1) / 2)
         known = self.drawn
@@ -165,9 +167,10 @@ class Simulation:
     def _replica(self, free: bool) -> Replica:
         f = self.fleet
         length = min(f.max_model_len, f.kv_slots)
+        most = length * f.max_num_seqs if free else f.max_num_batched_tokens if f.chunked_prefill else length
         limits = SchedulerLimits(
             max_num_seqs=f.max_num_seqs,
-            max_num_batched_tokens=max(f.max_num_batched_tokens if f.chunked_prefill else length, f.max_num_seqs),
+            max_num_batched_tokens=max(most, f.max_num_seqs),
             max_model_len=length,
             max_waiting=1 << 30,
         )
@@ -221,8 +224,11 @@ class Simulation:
 
     def _submit(self, replica: Replica, name: str) -> None:
         served, arrival, tokens = self.requests[name]
-        apart = replica in self.prefillers if self.prefillers else False
-        params = SamplingParams(temperature=0.0, max_tokens=1 if apart else arrival.output, ignore_eos=True, seed=0)
+        output = arrival.output
+        if self.prefillers:  # the first token is drawn where the prompt is computed, the others after it
+            handed = replica.executor.free_prompts
+            tokens, output = (tokens + array("i", [TOKEN]), output - 1) if handed else (tokens, 1)
+        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
         salt = "" if self.fleet.prefix_caching else name
         try:
             replica.scheduler.submit(
@@ -276,13 +282,7 @@ def group_of(arrival: Arrival, replicas: int) -> int:
 
 def simulate(fleet: Fleet, arrivals: Iterable[Arrival]) -> Outcome:
     """Serve `arrivals`, in order of time, until the last answer has ended."""
-    collecting = gc.isenabled()
-    gc.disable()  # what a step makes is freed by its count; looking for cycles among a pool's leases takes a third
-    try:
-        return Simulation(fleet).run(arrivals)
-    finally:
-        if collecting:
-            gc.enable()
+    return Simulation(fleet).run(arrivals)
 
 
 def _tokens(arrival: Arrival, number: int) -> array[int]:

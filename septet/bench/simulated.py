@@ -23,17 +23,21 @@ from typing import TYPE_CHECKING
 
 from septet.advisor.arrivals import Arrival, Lengths, poisson
 from septet.advisor.calibrate import Calibration, fit
-from septet.advisor.estimate import Work
+from septet.advisor.capacity import fitting
+from septet.advisor.estimate import Estimator, Work
+from septet.advisor.hardware import hardware, model_shape
+from septet.advisor.parallel import simulate_apart
 from septet.advisor.simulate import Fleet, Outcome, Served, simulate
 from septet.advisor.summary import summarise
 from septet.bench.cpu_host import commit, machine
+from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
     from septet.engine.client import EngineClient
 
 RESULT = Path("benchmarks/results/cpu/simulated.json")
-DECODES = ((1, 16), (4, 16), (16, 16), (32, 16), (1, 512), (8, 512))  # (rows, prompt)
-PREFILLS = (32, 128, 256, 512)  # tokens; the last two also behind 512 tokens, in chunks
+DECODES = ((1, 16), (4, 16), (16, 16), (32, 16), (4, 384))  # (rows, prompt)
+PREFILLS = (32, 128, 512)  # tokens
 STEPS, REPEATS = 40, 3
 LENGTHS = Lengths(prompt=96, output=48, prefix=128, groups=4)
 
@@ -195,6 +199,31 @@ async def validate(args: argparse.Namespace) -> dict[str, object]:
     return {"calibration": asdict(made), "steps": steps, "load": args.load, "lengths": asdict(LENGTHS), "runs": runs}
 
 
+def speed(requests: int) -> dict[str, object]:
+    """The simulation's own rate: llama-8b on H100s, 512 + 128 tokens on average, 20 requests/s a replica; one replica
+    on one core, then as many replicas as there are cores."""
+    config, weights = model_shape("llama-8b")
+    model = Estimator(config, hardware("h100"), "bf16", 1, weights)
+    found: dict[str, object] = {}
+    for cores in sorted({1, usable_cpus()}):
+        trace = list(poisson(cores * requests, cores * 20.0, Lengths(), seed=0))
+        longest = max(a.prompt + a.output for a in trace)
+        slots = fitting(model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192)
+        many = Fleet(step_model=model, kv_slots=slots, max_model_len=longest + 1, replicas=cores, router="round-robin")
+        began = time.perf_counter()
+        outcome = simulate_apart(many, trace, cores)
+        seconds = time.perf_counter() - began
+        rows = sum(a.output for a in trace)
+        million = 1e6 / len(trace) * seconds / 60
+        found[f"{cores} cores"] = {"requests": len(trace), "row_steps": rows, "steps": outcome.steps,
+                                   "seconds": round(seconds, 2), "million_minutes": round(million, 1)}  # fmt: skip
+        print(
+            f"  {cores} cores: {len(trace):,} requests, {rows:,} row-steps in {seconds:.1f} s: "
+            f"{len(trace) / seconds:,.0f} requests/s, {rows / seconds:,.0f} row-steps/s, a million in {million:.1f} min"
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2", help="a name of the catalogue or a path")
@@ -202,11 +231,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="length of a trace")
     parser.add_argument("--traces", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--speed", action="store_true", help="only the simulation's own rate")
+    parser.add_argument("--requests", type=int, default=10_000, help="with --speed: for each core")
     parser.add_argument("--calibration", type=Path, help="write it there, for septet simulate --calibration")
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
-    found = {"benchmark": "simulated", "command": f"python -m septet.bench.simulated {' '.join(sys.argv[1:])}".strip(),
-             "commit": commit(), "machine": machine(), **asyncio.run(validate(args))}  # fmt: skip
+    name = "speed" if args.speed else "validation"
+    measured = speed(args.requests) if args.speed else asyncio.run(validate(args))
+    found = json.loads(args.json.read_text()) if args.json.exists() else {"benchmark": "simulated"}
+    command = f"python -m septet.bench.simulated {' '.join(sys.argv[1:])}".strip()
+    found[name] = {"command": command, "commit": commit(), "machine": machine(), **measured}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -10,6 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from septet.advisor.arrivals import Arrival, Lengths, poisson, read_trace
+from septet.advisor.calibrate import Calibration, fit, load
+from septet.advisor.estimate import Work
+from septet.advisor.parallel import independent, simulate_apart
 from septet.advisor.simulate import ROUTERS, Fleet, simulate
 from septet.advisor.summary import percentile, summarise
 from septet.cli.main import main
@@ -17,8 +20,6 @@ from septet.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from septet.advisor.estimate import Work
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,120 @@ def test_a_bad_trace_is_told_by_line(tmp_path: Path, line: str, says: str) -> No
         read_trace(path)
     path.write_text(good + "\n" + good.replace("5,", "7,", 1) + "\n")
     assert [(a.at, a.prefix_id) for a in read_trace(path)] == [(0.0, 1), (2.0, 1)]
+
+
+def test_replicas_apart_are_the_same_replicas() -> None:
+    arrivals = drawn(150, rate=60.0, prefix=32, groups=7)
+    for router in ("round-robin", "prefix"):
+        many = fleet(replicas=3, router=router)
+        assert independent(many, arrivals)
+        together, apart = simulate(many, arrivals), simulate_apart(many, arrivals)
+        assert apart.served == together.served
+        assert (apart.steps, apart.cached_tokens, apart.seconds) == (
+            together.steps,
+            together.cached_tokens,
+            together.seconds,
+        )
+        assert apart.busy_s == pytest.approx(together.busy_s)
+    loaded = drawn(20)  # no prefixes: the router of prefixes then looks at the load
+    assert not independent(fleet(replicas=3, router="prefix"), loaded)
+    assert not independent(fleet(replicas=3), loaded)
+    assert not independent(fleet(replicas=3, router="round-robin", prefill_replicas=1), loaded)
+
+
+def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("septet.advisor.parallel.WORTH_TOKENS", 1)
+    many = fleet(step_model=CALIBRATION, replicas=2, router="round-robin")
+    arrivals = drawn(60)
+    assert simulate_apart(many, arrivals, processes=2) == simulate_apart(many, arrivals)
+
+
+def test_handed_over_to_the_millisecond() -> None:
+    """One replica computes the prompt and the first token, the other one the rest, after the keys have travelled."""
+    apart = fleet(prefill_replicas=1, hand_over_s=0.001)
+    arrivals = [Arrival(0.0, prompt=50, output=4), Arrival(5.0, prompt=50, output=1), Arrival(9.0, 300, 3)]
+    served = simulate(apart, arrivals).served
+    assert served[0].ttft == pytest.approx(0.010 + 0.050)
+    assert served[0].end - served[0].first == pytest.approx(0.050 + 3 * 0.010)
+    assert served[1].end == served[1].first == pytest.approx(5.0 + 0.010 + 0.050)
+    assert served[2].end - served[2].first == pytest.approx(0.300 + 2 * 0.010)  # no chunks where nothing is computed
+
+
+def test_decoding_apart_is_not_held_up_by_prompts() -> None:
+    arrivals = [Arrival(0.0, prompt=10, output=60)] + [Arrival(0.1 + i / 10, prompt=400, output=1) for i in range(4)]
+    one = simulate(fleet(replicas=2), arrivals).served[0]
+    mixed = simulate(fleet(), arrivals).served[0]
+    apart = simulate(fleet(prefill_replicas=1), arrivals)
+    assert apart.served[0].tpot == pytest.approx(0.010, rel=0.03)
+    assert mixed.tpot > 1.5 * apart.served[0].tpot
+    assert one.tpot <= mixed.tpot
+    assert apart.prompt_tokens == sum(a.prompt for a in arrivals)  # counted once, where they are computed
+
+
+CALIBRATION = Calibration(
+    model="m", machine="a bench", step=0.004, row=0.001, prompt_token=0.0005, context_token=1e-6, pair=1e-7,
+    kv_slots=4096, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512,
+)  # fmt: skip
+
+
+def test_a_fit_finds_the_constants_and_none_below_zero() -> None:
+    works = [Work(r, 40 * r, 0, 0.0) for r in (1, 4, 16)] + [Work.of([], [(0, n)]) for n in (32, 128, 512)]
+    works += [Work(4, 2000, 0, 0.0), Work.of([50] * 8, [(200, 64)])]
+    found = fit([(work, CALIBRATION.step_s(work)) for work in works])
+    assert found == pytest.approx([0.004, 0.001, 0.0005, 1e-6, 1e-7], rel=1e-6)
+    falling = [(work, 0.1 - 0.002 * work.rows) for work in works[:3]]  # more rows, less time: no constant says so
+    assert min(fit(falling)) == 0.0
+    with pytest.raises(InvalidRequest, match="more than 0 s"):
+        fit([(works[0], 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"row": -1.0}, "row can't be -1"), ({"kv_slots": 1.5}, "kv_slots can't be 1.5"), ({"row": None}, "row can't be"),
+     ({"step": 0, "row": 0}, "takes no time"), ({"extra": 1}, "unknown: extra")],
+)  # fmt: skip
+def test_a_bad_calibration_is_told_by_field(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    path = tmp_path / "c.json"
+    CALIBRATION.save(path)
+    assert load(path) == CALIBRATION
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InvalidRequest, match=says):
+        load(path)
+    path.write_text("{")
+    with pytest.raises(InvalidRequest, match=r"c\.json is no calibration"):
+        load(path)
+
+
+def called(*args: str) -> str:
+    run = CliRunner().invoke(main, ["simulate", *args])
+    assert run.exit_code == 0, run.output
+    return run.output
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    given = ["llama-1b", "--requests", "60", "--rate", "50", "--prefix", "64", "--groups", "3", "--json"]
+    assert called(*given, "--seed", "5") == called(*given, "--seed", "5")
+    assert called(*given, "--seed", "5") != called(*given, "--seed", "6")
+
+
+def test_the_command_replays_a_trace_on_a_calibration(tmp_path: Path) -> None:
+    trace, measured = tmp_path / "t.jsonl", tmp_path / "c.json"
+    CALIBRATION.save(measured)
+    line = '{{"timestamp": {}, "input_length": 64, "output_length": 3, "prefix_id": "a", "prefix_length": 40}}\n'
+    trace.write_text(line.format(70_000) + line.format(71_000))
+    given = ["m", "--trace", str(trace), "--time-scale", "0.001", "--calibration", str(measured)]
+    found = json.loads(called(*given, "--json"))
+    assert (found["requests"], found["steps"]) == (2, 6)
+    first = CALIBRATION.step_s(Work.of([], [(0, 64)]))
+    second = CALIBRATION.step_s(Work.of([], [(40, 24)]))  # the first one's prefix is in the cache
+    assert found["ttft_ms"]["mean"] == pytest.approx(1e3 * (first + second) / 2)
+    assert found["hit_rate"] == pytest.approx(40 / 128)
+    assert "m on 1 x a bench" in called(*given)
+    refused = CliRunner().invoke(main, ["simulate", *given, "--prefill-replicas", "1"])
+    assert refused.exit_code == 1
+    assert "leave --prefill-replicas out" in refused.output
+    trace.write_text("{}\n")
+    assert "t.jsonl line 1: input_length is missing" in CliRunner().invoke(main, ["simulate", *given]).output
 
 
 def test_the_command(tmp_path: Path) -> None:
