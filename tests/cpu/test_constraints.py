@@ -23,6 +23,7 @@ from septet.request import FinishReason, Request, SamplingParams
 from septet.structured import Structured
 from septet.text.vocabulary import byte_alphabet
 from tests import schemas, tiny
+from tests.native import native_library
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -88,6 +89,9 @@ def with_engine(
 ) -> Any:
     """Run `work` over an engine with an audit that raises; it must be left with nothing held."""
 
+    if options.get("kernels") == "native":
+        native_library()
+
     async def run() -> Any:
         settings: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_slots": 4096, **options}
         where = {"device": "cpu", "dtype": "float32", "kernels": "reference"}
@@ -143,11 +147,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "captured": {"captured": True, "overlap": "on"},
     "overlapped": {"overlap": "on"},
     "chunked": {"max_num_batched_tokens": 9, "overlap": "on"},
+    "native": {"kernels": "native"},
     "preempted": {"num_kv_slots": 250, "max_model_len": 241, "overlap": "on", "max_num_batched_tokens": 16},
 }
 
 
-@pytest.mark.parametrize(("way", "forced"), list(zip(WAYS, (False, True, True, False, True), strict=True)))
+@pytest.mark.parametrize(("way", "forced"), list(zip(WAYS, (False, True, True, False, True, True), strict=True)))
 def test_answers_follow_their_grammars_in_any_company(model: Path, way: str, forced: bool) -> None:
     wanted = [schemas.schema(seed) if seed % 3 else None for seed in range(30, 48)]
     seen: dict[str, Any] = {}
