@@ -46,8 +46,6 @@ SHARE_FROM = 32
 """Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     max_model_len: int  # tokens, prompt and output together
