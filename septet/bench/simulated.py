@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import statistics
 import sys
@@ -112,6 +113,32 @@ async def calibrate(driver: Driver, name: str) -> tuple[Calibration, list[dict[s
     return made, shown
 
 
+def cpu_s(pid: int | None = None) -> float:
+    """CPU seconds so far: of all programs, or of one process and its threads."""
+    if pid is None:
+        used = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        ticks = sum(int(used[i]) for i in (1, 2, 3, 6, 7))  # user, nice, system, interrupts
+    else:
+        own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(own[11]) + int(own[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Neighbours:
+    """CPU time that other programs took since this was made: a machine that is not quiet measures them as well."""
+
+    def __init__(self, engine: int) -> None:
+        self.engine = engine
+        self.began, self.at = time.perf_counter(), self._others()
+
+    def _others(self) -> float:
+        return cpu_s() - cpu_s(self.engine) - time.process_time()
+
+    def share(self) -> float:
+        """Of all CPUs."""
+        return (self._others() - self.at) / (time.perf_counter() - self.began) / (os.cpu_count() or 1)
+
+
 def fleet(c: Calibration) -> Fleet:
     return Fleet(
         step_model=c,
@@ -184,6 +211,7 @@ async def validate(args: argparse.Namespace) -> dict[str, object]:
     client = await ProcessClient.start(settings)
     try:
         driver = Driver(client)
+        others = Neighbours(client.info.pid)
         made, steps = await calibrate(driver, args.model)
         if args.calibration is not None:
             made.save(args.calibration)
@@ -191,9 +219,20 @@ async def validate(args: argparse.Namespace) -> dict[str, object]:
         for seed in range(args.seed, args.seed + args.traces):
             trace, rate = make_trace(made, args.load, args.seconds, seed)
             print(f"  trace {seed}: {len(trace)} requests at {rate:.2f}/s, {args.load:.0%} of what it can answer")
+            before, others = others.share(), Neighbours(client.info.pid)
             measured = await replay(driver, trace)
-            runs.append({"seed": seed, "requests": len(trace), "rate": rate,
-                         "figures": compare(simulate(fleet(made), trace), measured)})  # fmt: skip
+            during = others.share()
+            _, again = await driver.decode(4, 16)
+            drift = again / made.step_s(Work(4, 4 * (16 + STEPS // 2)))
+            print(
+                f"  other programs took {before:.0%} of the CPUs before and {during:.0%} during the trace; a step of "
+                f"4 rows afterwards took {drift:.2f} times what was calibrated"
+            )
+            figures = compare(simulate(fleet(made), trace), measured)
+            runs.append(
+                {"seed": seed, "requests": len(trace), "rate": rate, "others_before": round(before, 3),
+                 "others_during": round(during, 3), "drift": round(drift, 3), "figures": figures}
+            )  # fmt: skip
     finally:
         await client.close()
     return {"calibration": asdict(made), "steps": steps, "load": args.load, "lengths": asdict(LENGTHS), "runs": runs}
