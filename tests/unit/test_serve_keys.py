@@ -235,6 +235,12 @@ def test_a_new_key_stands_before_the_backlog_of_a_greedy_one_and_idling_saves_no
 
 def test_the_engine_hears_of_the_fair_place() -> None:
     client = FakeClient()
+
+    async def until_all_are_there() -> None:  # or one that has ended would give its place back
+        while len(client.seen) < 6:
+            await asyncio.sleep(0.001)
+
+    client.pause = until_all_are_there
     app = create_app(service(client))
     post_many(app, 6, BEARER)
     post_many(app, 1, {"x-api-key": BOB})
