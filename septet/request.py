@@ -13,7 +13,7 @@ from enum import StrEnum
 from septet.errors import InvalidRequest
 from septet.structured import Structured
 
-__all__ = ["FinishReason", "Request", "SamplingParams"]
+__all__ = ["FinishReason", "Pin", "Request", "SamplingParams"]
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -21,6 +21,8 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+MAX_PINS = 8  # of one request
+MAX_TTL_S = 86_400.0
 POOLINGS = ("", "mean", "last")
 GREEDY_BELOW = 1e-5  # temperature, as vLLM's: dividing logits by less overflows float32 long before it changes a draw
 
@@ -141,6 +143,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Keep the first `length` tokens of the prompt in the prefix cache: what is not pinned is evicted before them."""
+
+    length: int
+    ttl_s: float  # from the first output on; asked for again, from then on
+    owner: str = ""  # whose share of the pool it counts for: a key's name
+
+    def __post_init__(self) -> None:
+        _integer("length", self.length, 1, 2**31 - 1)
+        _number("ttl_s", self.ttl_s, 0.0, MAX_TTL_S, low_open=True)
+        if not isinstance(self.owner, str):
+            raise _refuse("owner", self.owner, "a string")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence for the engine, in token ids. `id` is made by the server, never by a client (unique per engine).
 
@@ -155,6 +172,7 @@ class Request:
     priority: int = 0  # lower runs first, as vLLM's
     arrival: float = 0.0  # seconds, monotonic; ties in priority go to the earlier
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    pins: tuple[Pin, ...] = ()
     pooling: str = ""  # "mean" or "last": the prompt's pooled hidden states are wanted, and one token that nobody reads
 
     def __post_init__(self) -> None:
@@ -164,5 +182,7 @@ class Request:
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not isinstance(self.cache_salt, str):
             raise _refuse("cache_salt", self.cache_salt, "a string")
+        if not isinstance(self.pins, tuple | list) or len(self.pins) > MAX_PINS:
+            raise _refuse("pins", f"{self.pins!r:.40}", f"at most {MAX_PINS} pins")
         if self.pooling not in POOLINGS:
             raise _refuse("pooling", self.pooling, '"mean" or "last"')

@@ -13,6 +13,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from septet.engine.messages import (
@@ -145,6 +146,9 @@ def merge(updates: Sequence[Update]) -> Update:
         finish_reason=last.finish_reason,
         stop_token=last.stop_token,
         cached_tokens=max(update.cached_tokens for update in updates),
+        pinned=next((update.pinned for update in updates if update.pinned), ()),
+        waited_s=max(update.waited_s for update in updates),
+        prefill_s=max(update.prefill_s for update in updates),
         pooled=last.pooled,
         error=last.error,
         error_kind=last.error_kind,
@@ -175,7 +179,7 @@ class _Client:
             raise InvalidRequest("a request with this id is running already", param="id")
         mailbox = self._open[request.id] = Mailbox()
         try:
-            self._post(Submit((request,)))
+            self._post(Submit((request,), time.monotonic()))
         except InvalidRequest:
             del self._open[request.id]
             raise

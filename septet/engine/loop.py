@@ -16,6 +16,7 @@ from septet.engine.chores import Chores, HostClock
 from septet.engine.grammars import GrammarReady
 from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Teach, Update
 from septet.engine.scope import look
+from septet.engine.waits import Waits
 from septet.engine.wire import Disconnected
 from septet.errors import EngineDead, InvalidRequest, SeptetError
 from septet.request import FinishReason, Request
@@ -78,6 +79,7 @@ class EngineLoop:
         self.failures = 0  # failed steps in a row
         self.failed_steps = 0
         self.clock = HostClock()
+        self.waits = Waits()
         self.chores = Chores(scheduler.audit, executor.spare, strict=strict, owns_gc=owns_gc, pause_s=pause_s)
 
     def run(self) -> int:
@@ -119,8 +121,8 @@ class EngineLoop:
             self.chores.do()
         for message in messages:
             match message:
-                case Submit(requests):
-                    self._say([update for request in requests for update in self._submit(request)])
+                case Submit(requests, sent_at):
+                    self._say([update for request in requests for update in self._submit(request, sent_at)])
                 case Abort(ids):
                     self._say([update for id in ids for update in self._abort(id)])
                 case GrammarReady(id):
@@ -135,7 +137,7 @@ class EngineLoop:
                 case _:
                     log.warning("ignored a message that is not for an engine: %s", type(message).__name__)
 
-    def _submit(self, request: Request) -> list[Update]:
+    def _submit(self, request: Request, sent_at: float) -> list[Update]:
         """Queue a request; a refusal, or any failure to take it in, is its answer and nobody else's business."""
         try:
             if request.params.structured is None:
@@ -147,6 +149,7 @@ class EngineLoop:
                 self.grammars.wait(request)
         except Exception as error:
             return [_refused(request.id, error)]
+        self.waits.entered(request.id, sent_at)
         return []
 
     def _grammar_ready(self, id: str) -> list[Update]:
@@ -168,6 +171,7 @@ class EngineLoop:
     def _say(self, updates: list[Update]) -> None:
         """All updates of one step in one frame."""
         if updates:
+            updates = self.waits.told(updates)
             if self.grammars is not None and self.grammars.held:
                 self._release(updates)
             self.outbox.send(updates)
@@ -194,6 +198,7 @@ class EngineLoop:
     # -- steps --------------------------------------------------------------------------------------------------------
     def _launch(self, plan: StepPlan) -> None:
         self.clock.step_starts()
+        self.waits.launched(plan)
         try:
             self.in_flight.append((plan, self.executor.launch(plan)))
         except Exception as error:

@@ -37,6 +37,7 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Submit:
     requests: tuple[Request, ...]
+    sent_at: float = 0.0  # monotonic, of the machine; 0 = when it is heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class Update(Struct, frozen=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # an eos or stop id; it is included in `tokens`
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache (on the first update)
+    pinned: tuple[int, ...] = ()  # with the first token: tokens held by each of the request's pins, 0 = it holds none
+    waited_s: float = 0.0  # with the first token: from `sent_at` to the request's first step
+    prefill_s: float = 0.0  # with the first token: from that to the token
     pooled: bytes = b""  # with the last update of a request with `pooling`: (D,) float32, little-endian
     error: str | None = None  # with finish_reason ERROR
     error_kind: str = "internal_error"
@@ -114,6 +118,7 @@ class EngineStats:
     slots_free: int = 0
     slots_cached: int = 0  # held by the prefix tree alone: evictable
     slots_leased: int = 0  # held for running requests (shared prefixes counted once)
+    slots_pinned: int = 0  # of the cached and leased ones, held by pins: evicted last
     slots_used: int = 0  # leased slots whose KV is computed (or being computed in the step in flight)
     kv_waste: float = 0.0  # (leased - used) / leased, time-averaged over steps
     kv_waste_max: float = 0.0  # worst step

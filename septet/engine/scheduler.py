@@ -129,35 +129,42 @@ class Scheduler:
 
         Returns the sequences that want more than one token.
         """
-        prefills = []
-        rows, sequences, step, grow = draft.rows, draft.sequences, draft.step, self.cache.grow
-        for seq in list(self._running):
-            wanted = seq.length - seq.planned
-            if seq.length >= seq.limit or seq.lease is None:  # its last token is in flight, or it just gave way
-                continue
-            if wanted > 1:
-                prefills.append(seq)
-                continue
-            slots = grow(seq.lease, 1)
-            while slots is None:
-                victim = choose_victim(self._running, step)  # never in the draft: those come before `seq`
-                self._preempt(victim)
-                if victim is seq:
-                    break
-                slots = grow(seq.lease, 1)
-            if slots is None:
-                continue
+        decodes, prefills = [], []
+        for seq in self._running:
+            if seq.length < seq.limit:  # else its last token is in flight
+                (decodes if seq.length - seq.planned <= 1 else prefills).append(seq)
+        slots = self.cache.grow_each([seq.lease for seq in decodes if seq.lease is not None])
+        if slots is None:
+            self._plan_scarce(draft)
+            return [seq for seq in prefills if seq.lease is not None]
+        rows, step = draft.rows, draft.step
+        for seq, slot in zip(decodes, slots, strict=True):
             start = seq.planned
             if not seq.joined or seq.private or start >= seq.owed:
-                self._add(draft, seq, 1, slots)
+                self._add(draft, seq, 1, (slot,))
                 continue
             seq.planned, seq.length = start + 1, start + 2  # as `_add`, for the usual row: hundreds of these a step
             seq.in_flight += 1
             seq.last_step = step
-            rows.append(PlanRow(seq.request.id, seq.row, start, 1, slots, 1))
-            sequences.append(seq)
+            rows.append(PlanRow(seq.request.id, seq.row, start, 1, (slot,), 1))
+            draft.sequences.append(seq)
             draft.budget -= 1
-        return [seq for seq in prefills if seq.lease is not None]
+        return prefills
+
+    def _plan_scarce(self, draft: Draft) -> None:
+        """The decoding rows one by one, as there are not slots for all."""
+        for seq in list(self._running):
+            if seq.length >= seq.limit or seq.lease is None or seq.length - seq.planned > 1:
+                continue
+            slots = self.cache.grow(seq.lease, 1)
+            while slots is None:
+                victim = choose_victim(self._running, draft.step)  # never in the draft: those come before `seq`
+                self._preempt(victim)
+                if victim is seq:
+                    break
+                slots = self.cache.grow(seq.lease, 1)
+            if slots is not None:
+                self._add(draft, seq, 1, slots)
 
     def _plan_prefills(self, draft: Draft, prefills: list[Sequence]) -> None:
         """Chunks of the sequences that want several tokens, best first, as far as budget and slots go."""
@@ -417,11 +424,24 @@ class Scheduler:
             reason, stop_token = self._append(seq, got.tokens[0], ended=got.ended and not got.forced)
             if got.forced and reason is None:
                 tokens, reason, stop_token = self._append_forced(seq, got)
+        first = row.n_sample and len(seq.tokens) - seq.n_prompt == len(tokens)
+        pinned = self._pin(seq) if first and seq.request.pins else ()
         cached = 0 if seq.answered else self._first_answer(seq)
         if reason is not None:
             self.estimate.finished(len(seq.tokens) - seq.n_prompt, seq.limit - seq.n_prompt)
             self._end(seq, reason)
-        return Update(got.request, tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached, got.pooled)
+        return Update(
+            got.request, tokens, got.logprobs, prompt_logprobs, reason, stop_token, cached, pinned, pooled=got.pooled
+        )
+
+    def _pin(self, seq: Sequence) -> tuple[int, ...]:
+        """The prompt is computed and shared: hold what was asked for. Tokens held by each pin, 0 = none."""
+        request, held = seq.request, []
+        for pin in request.pins:
+            tokens = seq.tokens[: min(pin.length, seq.n_prompt)]
+            done = self.cache.pin(tokens, request.cache_salt, pin.owner, pin.ttl_s)
+            held.append(len(tokens) if done else 0)
+        return tuple(held)
 
     def _append(self, seq: Sequence, token: int, ended: bool) -> tuple[FinishReason | None, int | None]:
         """One more token of the output: (why it is the last, the stop id that it is)."""

@@ -51,6 +51,7 @@ class Tally:
             slots_free=cache.free,
             slots_cached=cache.cached,
             slots_leased=cache.leased,
+            slots_pinned=cache.pinned,
             slots_used=cache.leased - unused,
             kv_waste=self.kv_waste_sum / self.steps if self.steps else 0.0,
             kv_waste_max=self.kv_waste_max,

@@ -29,6 +29,9 @@ class PrefixIndex(Protocol):
     n_slots: int  # held
     n_locked: int  # of these, locked: the rest can be evicted
 
+    @property
+    def n_pinned(self) -> int: ...
+
     def match(self, tokens: array[int], salt: str) -> tuple[int, int]: ...
 
     def find(self, tokens: array[int], salt: str) -> tuple[Any, list[int]]: ...
@@ -36,6 +39,8 @@ class PrefixIndex(Protocol):
     def extend(self, handle: Any, tokens: array[int], slots: Sequence[int]) -> tuple[Any, int]: ...
 
     def unlock(self, handle: Any) -> None: ...
+
+    def pin(self, tokens: array[int], salt: str, owner: str, ttl_s: float) -> bool: ...
 
     def evict(self, n: int) -> list[int]: ...
 
@@ -71,7 +76,7 @@ class KVCache:
         self.enable_prefix = enable_prefix
         self.granted = 0  # sum of len(lease.slots) over open leases: a shared slot counts once for each
         self.version = 0  # changes whenever an answer of `probe` may have changed
-        self._index: PrefixIndex = RadixTree() if index is None else index
+        self._index: PrefixIndex = RadixTree(self.capacity) if index is None else index
         self._free = list(range(n_slots - 1, 0, -1))  # a stack, lowest slot on top: fresh grants are ascending runs
         self._leases: dict[int, Lease] = {}  # by id(lease)
 
@@ -85,6 +90,11 @@ class KVCache:
     def cached(self) -> int:
         """Held by the prefix index alone: evicted when needed."""
         return self._index.n_slots - self._index.n_locked
+
+    @property
+    def pinned(self) -> int:
+        """Held by pins, cached or leased besides."""
+        return self._index.n_pinned
 
     @property
     def available(self) -> int:
@@ -151,6 +161,13 @@ class KVCache:
             lease.handle, held = self._index.extend(lease.handle, tokens, slots)
             lease.duplicates.extend(slots[:held])
             self.version += 1
+
+    def pin(self, tokens: array[int], salt: str, owner: str, ttl_s: float) -> bool:
+        """Evict these committed tokens only when nothing else is left, for `ttl_s`. Shares and limits: `kv/pins.py`.
+
+        False: they are not cached whole (any more), or more than the owner may pin.
+        """
+        return self.enable_prefix and self._index.pin(tokens, salt, owner, ttl_s)
 
     def rewind(self, lease: Lease, length: int) -> None:
         """Give back the slots of positions `length` and up, which must not be committed."""

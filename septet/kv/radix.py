@@ -2,7 +2,7 @@
 
 Owns the tree's shape, its locks and the order of eviction; called by `kv/cache.py` alone. It knows token ids and slot
 numbers as plain integers, and nothing of requests, models, policy or torch. The same contract is kept by a list scan
-in tests/unit/test_kv_radix.py, which is this file's oracle.
+in tests/kv_oracle.py, which is this file's oracle.
 
     root("")  --[1 2 3]--> a --[4 5]--> b          an edge holds a run of tokens and the run of slots that hold their
               slots 7 8 9    |  slots 1 2          KV; the first token of an edge is its key among its siblings
@@ -12,13 +12,18 @@ in tests/unit/test_kv_radix.py, which is this file's oracle.
 from __future__ import annotations
 
 import heapq
+import time
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from septet.kv.pins import Pins
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from septet.kv.pins import Pin
 
 __all__ = ["Node", "RadixTree", "common_length"]
 
@@ -39,6 +44,7 @@ class Node:
     children: dict[int, Node] = field(default_factory=dict)  # by the first token of the child's run
     salt: str = ""  # of a root: its key
     hits: int = 0  # leases that were opened on a path through this edge
+    pins: dict[str, int] = field(default_factory=dict)  # owner -> pins whose path runs through this edge
 
 
 def common_length(a: array[int], b: array[int], at: int = 0) -> int:
@@ -60,12 +66,13 @@ class RadixTree:
     """Prefixes of every namespace (`salt`), each under a root of its own: no prefix is shared across salts.
 
     A `Node` is also the handle that callers keep: it names the whole path from its root, and a split never changes
-    what a handle names, since a split puts the new node above. Handles are valid while locked. Eviction takes the
-    least recently unlocked leaf, from the tail of its run; an order with more to it (segments, time to live) is a
-    change of what `Node.used` holds, and of nothing else.
+    what a handle names, since a split puts the new node above. Handles are valid while locked or pinned. Eviction
+    takes the least recently unlocked leaf, from the tail of its run; pinned ones only when nothing else is left.
+
+    capacity: slots of the pool, which pins may hold a share of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 2**40, clock: Callable[[], float] = time.monotonic) -> None:
         self.n_slots = 0  # held by the tree
         self.n_locked = 0  # of these, on the path of some lease
         self._roots: dict[str, Node] = {}
@@ -73,6 +80,8 @@ class RadixTree:
         self._n_nodes = 0  # without roots
         self._heap: list[tuple[int, int, Node]] = []  # (rank, push number, leaf), stale entries included
         self._pushes = 0
+        self._pins = Pins(capacity)
+        self._clock = clock
 
     # -- looking up ---------------------------------------------------------------------------------------------------
     def match(self, tokens: array[int], salt: str) -> tuple[int, int]:
@@ -133,14 +142,50 @@ class RadixTree:
             step = step.parent
         self._offer(node)
 
+    # -- pins ---------------------------------------------------------------------------------------------------------
+    @property
+    def n_pinned(self) -> int:
+        return self._pins.n_slots
+
+    def pin(self, tokens: array[int], salt: str, owner: str, ttl_s: float) -> bool:
+        """Hold a prefix for `ttl_s` from now, behind all that is not pinned in the order of eviction.
+
+        False: it is not held whole, or longer than pins may be. Older pins give way where a share would be passed, the
+        owner's own first.
+        """
+        known = 0 < len(tokens) <= self._pins.limit(owner) and self.match(tokens, salt)[0] == len(tokens)
+        if not known:
+            return False
+        now = self._clock()
+        self._end_pins(now)
+        self._pins.add(self._descend(self._roots[salt], tokens, 0)[0], owner, now + ttl_s)
+        while (surplus := self._pins.surplus(owner)) is not None:
+            self._unpin(surplus)
+        return True
+
+    def _end_pins(self, now: float) -> None:
+        for pin in self._pins.ended(now):
+            self._unpin(pin)
+
+    def _unpin(self, pin: Pin) -> None:
+        self._offer(self._pins.drop(pin))
+
     # -- giving back --------------------------------------------------------------------------------------------------
     def evict(self, n: int) -> list[int]:
-        """Forget up to `n` tokens, least recently used first, and return their slots. Locked paths stay."""
+        """Forget up to `n` tokens, least recently used first, and return their slots. Locked paths stay.
+
+        Pins give way, the oldest first, when nothing else is left.
+        """
         slots: list[int] = []
-        while len(slots) < n and self._heap:
-            used, _, leaf = self._heap[0]
-            if used != leaf.used or not _is_evictable(leaf):
-                heapq.heappop(self._heap)
+        if self._pins:
+            self._end_pins(self._clock())
+        while len(slots) < n:
+            leaf = self._oldest()
+            if leaf is None:
+                pin = self._pins.unlocked()
+                if pin is None:
+                    break
+                self._unpin(pin)
                 continue
             keep = max(0, len(leaf.slots) - (n - len(slots)))
             slots.extend(leaf.slots[keep:])
@@ -152,6 +197,15 @@ class RadixTree:
         self.n_slots -= len(slots)
         return slots
 
+    def _oldest(self) -> Node | None:
+        """The leaf to be evicted next, at the top of the heap."""
+        while self._heap:
+            used, _, leaf = self._heap[0]
+            if used == leaf.used and _is_evictable(leaf):
+                return leaf
+            heapq.heappop(self._heap)
+        return None
+
     def audit(self, handles: Iterable[Node]) -> list[int]:
         """Every slot the tree holds. AssertionError if locks, counts or edges disagree with `handles`. O(tree)."""
         expected: Counter[int] = Counter()
@@ -160,6 +214,12 @@ class RadixTree:
             while step is not None:
                 expected[id(step)] += 1
                 step = step.parent
+        pinned: Counter[tuple[int, str]] = Counter()
+        for pin in self._pins:
+            step = pin.node
+            while step is not None:
+                pinned[id(step), pin.owner] += step.parent is not None
+                step = step.parent
         slots: list[int] = []
         n_locked = 0
         stack = list(self._roots.values())
@@ -167,12 +227,15 @@ class RadixTree:
             node = stack.pop()
             assert node.locks == expected[id(node)], f"{node.locks} locks, {expected[id(node)]} leases on {node.slots}"
             assert len(node.tokens) == len(node.slots), f"{len(node.tokens)} tokens in {node.slots}"
+            assert all(pinned.pop((id(node), o), 0) == n for o, n in node.pins.items()), f"pins lost on {node.slots}"
             for key, child in node.children.items():
                 assert child.parent is node, f"a lost edge to {child.slots}"
                 assert child.tokens[0] == key, f"edge {child.slots} filed under {key}"
             slots.extend(node.slots)
             n_locked += len(node.slots) if node.locks else 0
             stack.extend(node.children.values())
+        assert not +pinned, f"{len(+pinned)} pins on nodes that are gone or do not count them"
+        self._pins.audit()
         assert (len(slots), n_locked) == (self.n_slots, self.n_locked), "the tree's gauges are off"
         return slots
 
@@ -197,6 +260,7 @@ class RadixTree:
         """Put a new node above `node` that holds the first `at` tokens of its run: parent -> upper -> node."""
         assert node.parent is not None
         upper = Node(node.parent, node.tokens[:at], node.slots[:at], node.locks, node.used, hits=node.hits)
+        upper.pins = dict(node.pins)
         node.parent.children[upper.tokens[0]] = upper
         del node.tokens[:at], node.slots[:at]
         node.parent = upper
@@ -208,7 +272,7 @@ class RadixTree:
         """Add a run below `node`, locked once. A leaf that only this caller locks simply grows: edges stay long."""
         self.n_slots += len(slots)
         self.n_locked += len(slots)
-        if node.locks == 1 and not node.children and node.parent is not None:
+        if node.locks == 1 and not node.children and node.parent is not None and not node.pins:
             node.tokens.extend(tokens)
             node.slots.extend(slots)
             return node
@@ -240,4 +304,4 @@ class RadixTree:
 
 
 def _is_evictable(node: Node) -> bool:
-    return node.locks == 0 and not node.children and node.parent is not None
+    return node.locks == 0 and not node.children and not node.pins and node.parent is not None

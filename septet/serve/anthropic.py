@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from septet.errors import InvalidRequest
+from septet.serve.anthropic_cache import pins_of
 from septet.serve.anthropic_call import COUNT_SCHEMA, MESSAGES_SCHEMA, parse_count, parse_messages
 from septet.serve.anthropic_shape import Answer
 from septet.serve.body import body_of
@@ -94,16 +95,17 @@ async def count_tokens(service: Service, scope: Scope, receive: Receive, reply: 
 
 
 async def _prompt(session: Session, call: Conversation) -> Prompt:
-    tools = call.tools.tools if call.tools.mode != "none" else ()
-    known = session.template.variables if session.template is not None else frozenset[str]()
-    return await session.chat_prompt(call.messages, tools=tools, **call.template_options(known))
+    tools, options = call.for_template(session)
+    return await session.chat_prompt(call.messages, tools=tools, **options)
 
 
 async def _answer(service: Service, call: MessagesCall, reply: Reply) -> None:
     async with service.models.use(call.model) as session:
         prompt = await _prompt(session, call)
-        answer = Answer(call, secrets.token_hex(12), prompt, session.limits.max_model_len)
-        async with aclosing(generate(service, session, [prompt], call.params, reading=call.reading)) as events:
+        pins = await pins_of(session, call, prompt)
+        answer = Answer(call, secrets.token_hex(12), prompt, session.limits.max_model_len, pins)
+        how: dict[str, Any] = {"reading": call.reading, "pins": pins}
+        async with aclosing(generate(service, session, [prompt], call.params, **how)) as events:
             try:
                 await (_stream if call.stream else _whole)(events, answer, reply)
             except InvalidRequest as error:

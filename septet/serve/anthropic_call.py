@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
-from septet.serve.anthropic_messages import check_cache_control, conversation, tool_choice
+from septet.serve.anthropic_cache import checked_marks
+from septet.serve.anthropic_messages import conversation, tool_choice, tool_marks
 from septet.serve.fields import Fields, only, schema_of, table
 from septet.session.reading import Reading
 from septet.structured import Structured
 
 if TYPE_CHECKING:
-    from septet.text.parsers.tools import ToolChoice
+    from collections.abc import Sequence
+
+    from septet.serve.anthropic_cache import Mark
+    from septet.session.session import Session
+    from septet.text.parsers.tools import Tool, ToolChoice
 
 __all__ = ["COUNT_SCHEMA", "MESSAGES_SCHEMA", "Conversation", "MessagesCall", "parse_count", "parse_messages"]
 
@@ -63,12 +68,18 @@ class Conversation:
     tools: ToolChoice
     thinking: bool  # asked for
     effort: str | None = None
+    marks: tuple[Mark, ...] = ()  # of cache_control
 
     @property
     def goes_on(self) -> bool:
         """The last message is the beginning of the answer."""
         last = self.messages[-1]
         return last["role"] == "assistant" and "tool_calls" not in last
+
+    def for_template(self, session: Session) -> tuple[Sequence[Tool], dict[str, Any]]:
+        """The tools and options that a session's template gets."""
+        known = session.template.variables if session.template is not None else frozenset[str]()
+        return self.tools.tools if self.tools.mode != "none" else (), self.template_options(known)
 
     def template_options(self, known: frozenset[str]) -> dict[str, Any]:
         """What the template gets besides the messages. known: the variables that it reads."""
@@ -116,12 +127,18 @@ def parse_messages(body: dict[str, Any]) -> MessagesCall:
 def _conversation(fields: Fields, thinking: bool) -> dict[str, Any]:
     if not (model := fields.string("model", "")):
         raise InvalidRequest("model is required", param="model")
-    check_cache_control("the request", fields.raw("cache_control"))
     effort = fields.object("output_config").get("effort")
     if effort not in (None, "low", "medium", "high", "xhigh", "max"):
         raise InvalidRequest("output_config.effort must be low, medium, high, xhigh or max", param="output_config")
-    messages, tools = conversation(fields), tool_choice(fields)
-    return {"model": model, "messages": messages, "tools": tools, "thinking": thinking, "effort": effort}
+    (messages, marks), tools = conversation(fields), tool_choice(fields)
+    return {
+        "model": model,
+        "messages": messages,
+        "tools": tools,
+        "thinking": thinking,
+        "effort": effort,
+        "marks": checked_marks([*tool_marks(fields), *marks]),
+    }
 
 
 def _thinking(fields: Fields) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Anthropic's conversation as the session takes it: system text, content blocks, tools and the choice among them.
 
 Called by `anthropic_call.py`. Raises `InvalidRequest` naming the block. A block of a kind that the model can't read is
-refused, never dropped; `cache_control` is checked and changes nothing (every prompt's prefix is kept as it is).
+refused, never dropped. Where `cache_control` stands comes along as marks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
+from septet.serve.anthropic_cache import TOOLS, Mark, ttl_of
 from septet.text.parsers.tools import Tool, ToolChoice
 
 if TYPE_CHECKING:
@@ -18,30 +19,53 @@ if TYPE_CHECKING:
 
     from septet.serve.fields import Fields
 
-__all__ = ["conversation", "tool_choice"]
+__all__ = ["conversation", "tool_choice", "tool_marks"]
 
 MAX_MESSAGES = 4096
 MAX_BLOCKS = 1024  # of one message
 MAX_TOOLS = 128
 MAX_DESCRIPTION = 2**16
 BILLING = "x-anthropic-billing-header"  # a client's note to the billing, in the system text; different in each request
+MARKS = "marks"  # of a message while the conversation is put together; templates never see it
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,256}")
 
 
-def conversation(fields: Fields) -> list[dict[str, Any]]:
-    """`system` and `messages` as messages of roles system, user, assistant and tool, each with plain text."""
+class _Joined:
+    """Texts of one message, joined by line ends, and the marks behind them: (characters so far, ttl)."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.marks: list[tuple[int | None, float]] = []
+        self._length = -1
+
+    def add(self, text: str, ttl_s: float | None) -> None:
+        self.texts.append(text)
+        self._length += len(text) + 1
+        if ttl_s is not None:
+            self.marks.append((self._length, ttl_s))
+
+    def told(self, role: str) -> dict[str, Any]:
+        return {"role": role, "content": "\n".join(self.texts), MARKS: self.marks}
+
+
+def conversation(fields: Fields) -> tuple[list[dict[str, Any]], list[Mark]]:
+    """`system` and `messages` as messages of roles system, user, assistant and tool, each with plain text; marks."""
     given = fields.array("messages")
     if not 0 < len(given) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must be an array of 1 to {MAX_MESSAGES} messages", param="messages")
     plain: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # of the tools called so far, by the id of the call
-    if system := _system(fields):
-        plain.append({"role": "system", "content": system})
+    system = _system(fields)
+    if system["content"]:
+        plain.append(system)
     for i, message in enumerate(given):
         for told in _message(f"messages[{i}]", message, names):
             _append(plain, told)
-    return plain
+    marks = [Mark(i, chars, ttl_s) for i, told in enumerate(plain) for chars, ttl_s in told.pop(MARKS, ())]
+    if (ttl_s := ttl_of("the request", fields.raw("cache_control"))) is not None:
+        marks.append(Mark(len(plain) - 1, None, ttl_s))
+    return plain, marks
 
 
 def _append(plain: list[dict[str, Any]], told: dict[str, Any]) -> None:
@@ -51,15 +75,21 @@ def _append(plain: list[dict[str, Any]], told: dict[str, Any]) -> None:
         plain.append(told)
         return
     texts = [text for text in (last["content"], told["content"]) if text]
-    last |= told | {"content": "\n".join(texts)}
+    before = len(last["content"]) + 1 if len(texts) > 1 else 0
+    moved = [(chars if chars is None else chars + before, ttl_s) for chars, ttl_s in told.get(MARKS, ())]
+    last |= told | {"content": "\n".join(texts), MARKS: [*last.get(MARKS, ()), *moved]}
 
 
-def _system(fields: Fields) -> str:
+def _system(fields: Fields) -> dict[str, Any]:
     value = fields.raw("system", "")
     if isinstance(value, str):
-        return value
-    texts = [_text("system", kind, block) for kind, block in _blocks("system", value)]
-    return "\n".join(text for text in texts if not text.startswith(BILLING))
+        return {"role": "system", "content": value}
+    joined = _Joined()
+    for kind, block, ttl_s in _blocks("system", value):
+        text = _text("system", kind, block)
+        if not text.startswith(BILLING):
+            joined.add(text, ttl_s)
+    return joined.told("system")
 
 
 def _message(where: str, message: Any, names: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -77,23 +107,26 @@ def _message(where: str, message: Any, names: dict[str, str]) -> Iterator[dict[s
     elif role == "user":
         yield from _user(f"{where}.content", content, names)
     else:
-        texts = [_text(f"{where}.content", kind, block) for kind, block in _blocks(f"{where}.content", content)]
-        yield {"role": role, "content": "\n".join(texts)}
+        joined = _Joined()
+        for kind, block, ttl_s in _blocks(f"{where}.content", content):
+            joined.add(_text(f"{where}.content", kind, block), ttl_s)
+        yield joined.told(role)
 
 
 def _user(where: str, content: Any, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """A message of role tool for each result; the text between them in messages of its own."""
-    texts: list[str] = []
-    for i, (kind, block) in enumerate(_blocks(where, content)):
+    joined = _Joined()
+    for i, (kind, block, ttl_s) in enumerate(_blocks(where, content)):
         if kind != "tool_result":
-            texts.append(_text(f"{where}[{i}]", kind, block))
+            joined.add(_text(f"{where}[{i}]", kind, block), ttl_s)
             continue
-        if texts:
-            yield {"role": "user", "content": "\n".join(texts)}
-            texts = []
-        yield _result(f"{where}[{i}]", block, names)
-    if texts:
-        yield {"role": "user", "content": "\n".join(texts)}
+        if joined.texts:
+            yield joined.told("user")
+            joined = _Joined()
+        result = _result(f"{where}[{i}]", block, names)
+        yield result if ttl_s is None else result | {MARKS: [(None, ttl_s)]}
+    if joined.texts:
+        yield joined.told("user")
 
 
 def _result(where: str, block: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -106,23 +139,24 @@ def _result(where: str, block: dict[str, Any], names: Mapping[str, str]) -> dict
     content = block.get("content", "")
     if not isinstance(content, str):
         parts = _blocks(f"{where}.content", content)
-        content = "\n".join(_text(f"{where}.content", kind, part) for kind, part in parts)
+        content = "\n".join(_text(f"{where}.content", kind, part) for kind, part, _ in parts)
     shown = f"Error: {content}" if failed else content
     return {"role": "tool", "tool_call_id": number, "name": names[number], "content": shown}
 
 
 def _assistant(where: str, content: Any, names: dict[str, str]) -> dict[str, Any]:
-    texts: list[str] = []
+    joined = _Joined()
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
-    for i, (kind, block) in enumerate(_blocks(where, content)):
+    for i, (kind, block, ttl_s) in enumerate(_blocks(where, content)):
         if kind == "tool_use":
             calls.append(_call(f"{where}[{i}]", block, names))
+            joined.marks += [] if ttl_s is None else [(None, ttl_s)]
         elif kind == "thinking":
             thoughts.append(_string(f"{where}[{i}].thinking", block.get("thinking")))
         elif kind != "redacted_thinking":  # nobody but its maker can read it
-            texts.append(_text(f"{where}[{i}]", kind, block))
-    message: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
+            joined.add(_text(f"{where}[{i}]", kind, block), ttl_s)
+    message = joined.told("assistant")
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
     return message | ({"tool_calls": calls} if calls else {})
@@ -138,7 +172,8 @@ def _call(where: str, block: dict[str, Any], names: dict[str, str]) -> dict[str,
 
 
 # -- blocks -----------------------------------------------------------------------------------------------------------
-def _blocks(where: str, content: Any) -> list[tuple[str, dict[str, Any]]]:
+def _blocks(where: str, content: Any) -> list[tuple[str, dict[str, Any], float | None]]:
+    """(type, block, how long all up to it is to be kept)."""
     if not isinstance(content, list) or len(content) > MAX_BLOCKS:
         raise InvalidRequest(f"{where} must be a string or at most {MAX_BLOCKS} blocks", param=where)
     found = []
@@ -146,8 +181,7 @@ def _blocks(where: str, content: Any) -> list[tuple[str, dict[str, Any]]]:
         kind = block.get("type") if isinstance(block, dict) else None
         if not isinstance(kind, str):
             raise InvalidRequest(f"{where}[{i}] must be an object with a type", param=f"{where}[{i}]")
-        check_cache_control(f"{where}[{i}]", block.get("cache_control"))
-        found.append((kind, block))
+        found.append((kind, block, ttl_of(f"{where}[{i}]", block.get("cache_control"))))
     return found
 
 
@@ -155,14 +189,6 @@ def _text(where: str, kind: str, block: dict[str, Any]) -> str:
     if kind != "text":
         raise InvalidRequest(f"{where} is a block of type {kind[:40]!r}, which this model can't read", param=where)
     return _string(f"{where}.text", block.get("text"))
-
-
-def check_cache_control(where: str, value: Any) -> None:
-    if value is None:
-        return
-    ttl = value.get("ttl", "5m") if isinstance(value, dict) and value.get("type") == "ephemeral" else None
-    if ttl not in ("5m", "1h"):
-        raise InvalidRequest(f'{where}.cache_control must be {{"type": "ephemeral"}}, ttl 5m or 1h', param=where)
 
 
 def _string(where: str, value: Any) -> str:
@@ -212,6 +238,12 @@ def tool_choice(fields: Fields) -> ToolChoice:
     return ToolChoice(tools, mode, name, not one)
 
 
+def tool_marks(fields: Fields) -> list[Mark]:
+    """Of tools that `tool_choice` has taken."""
+    found = [ttl_of(f"tools[{i}]", tool.get("cache_control")) for i, tool in enumerate(fields.array("tools"))]
+    return [Mark(TOOLS, None, ttl_s) for ttl_s in found if ttl_s is not None]
+
+
 def _tool(where: str, tool: Any) -> Tool:
     if not isinstance(tool, dict):
         raise InvalidRequest(f"{where} must be an object", param=where)
@@ -224,7 +256,6 @@ def _tool(where: str, tool: Any) -> Tool:
         if value in (None, False, ["direct"]) and name in ("defer_loading", "allowed_callers"):
             continue
         raise InvalidRequest(f"{where}.{name[:80]} is not supported", param=where)
-    check_cache_control(where, tool.get("cache_control"))
     description = tool.get("description") or ""
     if not isinstance(description, str) or len(description) > MAX_DESCRIPTION:
         raise InvalidRequest(f"{where}.description must be a string, {MAX_DESCRIPTION} at most", param=where)

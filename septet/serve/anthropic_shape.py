@@ -11,11 +11,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from septet.request import FinishReason
+from septet.serve.anthropic_cache import input_usage
 from septet.session.events import Finished, TextDelta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from septet.request import Pin
     from septet.serve.anthropic_call import MessagesCall
     from septet.session.events import Event, Usage
     from septet.session.session import Prompt
@@ -28,8 +30,11 @@ StreamEvent = dict[str, Any]  # its "type" is its name
 class Answer:
     """One message being written. `feed` tells stream events; `whole` the message once all were fed."""
 
-    def __init__(self, call: MessagesCall, number: str, prompt: Prompt, max_model_len: int) -> None:
+    def __init__(
+        self, call: MessagesCall, number: str, prompt: Prompt, max_model_len: int, pins: Sequence[Pin] = ()
+    ) -> None:
         self._call = call
+        self._pins = pins
         self._head = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": call.model}
         self._n_prompt = len(prompt.tokens)
         self._room = max_model_len - self._n_prompt
@@ -129,11 +134,8 @@ class Answer:
         return {"stop_reason": reason, "stop_sequence": matched}
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
-        """Input tokens are those that were computed; nothing is ever written to the cache for a fee."""
         return {
-            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": usage.cached_tokens,
+            **input_usage(usage, self._pins),
             "output_tokens": 0 if self._call.only_prompt else usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }

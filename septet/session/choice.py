@@ -72,6 +72,9 @@ class Choice:
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = 0
+        self._pinned: tuple[int, ...] = ()
+        self._waited_s: float | None = None
+        self._prefill_s = 0.0
         self._n_output = 0
         self._prompt: list[PositionLogprobs | None] = [None]
 
@@ -81,6 +84,8 @@ class Choice:
             raise error_of(update)
         if not self._n_output:  # a request that goes on after a cut finds its own output in the cache
             self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
+            if update.tokens:
+                self._pinned, self._waited_s, self._prefill_s = update.pinned, update.waited_s, update.prefill_s
         events = self._prompt_events(update)
         text, n_taken, stop = self._take(update)
         reason = update.finish_reason
@@ -101,9 +106,8 @@ class Choice:
     def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> Finished:
         """The last event, also where it is not the engine that ends the choice."""
         self.finished = True
-        return Finished(
-            self.index, reason, stop_reason, Usage(self._prompt_tokens, self._n_output, self._cached_tokens)
-        )
+        usage = Usage(self._prompt_tokens, self._n_output, self._cached_tokens, pinned=self._pinned)
+        return Finished(self.index, reason, stop_reason, usage, waited_s=self._waited_s, prefill_s=self._prefill_s)
 
     def _take(self, update: Update) -> tuple[str, int, str | None]:
         """Turn tokens into text up to the first stop string: (text, tokens used, stop string or None)."""

@@ -49,6 +49,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # of the prompt, served by the prefix cache
     reasoning_tokens: int = 0  # of the completion, where thoughts are told apart
+    pinned: tuple[int, ...] = ()  # of the prompt, held by each pin that was asked for; 0 = it holds none
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Finished:
     stop_reason: str | int | None
     usage: Usage
     n_calls: int = 0  # complete tool calls
+    waited_s: float | None = None  # in the engine's queue; None: no token came
+    prefill_s: float = 0.0  # from there to the first token
 
 
 Event = PromptLogprobs | TextDelta | Finished

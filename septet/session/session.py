@@ -17,7 +17,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import EngineDead, InvalidRequest
-from septet.request import FinishReason, Request, SamplingParams
+from septet.request import FinishReason, Pin, Request, SamplingParams
 from septet.session.choice import Choice, error_of
 from septet.session.merge import merge
 from septet.session.reading import PLAIN, Reading
@@ -189,12 +189,14 @@ class Session:
         cache_salt: str = "",
         reading: Reading = PLAIN,
         arrival: float | None = None,
+        pins: tuple[Pin, ...] = (),
     ) -> AsyncGenerator[Event, None]:
         """Events of `params.n` choices of one prompt, in the order in which they happen.
 
         Each choice ends with one `Finished`; an error of any choice is raised and ends them all. `max_tokens` beyond
         the context is cut to what fits, and shows as finish reason `length`. `reading` tells thoughts and calls apart.
         `arrival`: its place among requests of one priority, lower first; None = now, in seconds of the monotonic clock.
+        `pins`: beginnings of the prompt that stay in the cache.
         """
         ready = prompt if isinstance(prompt, Prompt) else await self.prompt(prompt)
         thinking = self.reply_format is not None and self.reply_format.is_thinking(ready.text, reading)
@@ -202,6 +204,8 @@ class Session:
             may_think = self.reply_format.may_think(ready.text, reading, thinking)
             params = self.reply_format.bound(params, reading, thinking, may_think)
         requests = self._requests(ready, params, priority, cache_salt, arrival)
+        if pins:
+            requests[0] = replace(requests[0], pins=pins)
         if params.structured is not None:
             await self._teach()
         shared = asyncio.Event()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from septet.kv.pins import MAX_OWNER_PINS, MAX_PINS
 from septet.kv.radix import RadixTree, common_length
 from tests.kv_oracle import ListIndex
 
@@ -21,6 +22,8 @@ OPS = st.lists(
         st.tuples(st.just("extend"), st.integers(0, 7), TOKENS),
         st.tuples(st.just("unlock"), st.integers(0, 7)),
         st.tuples(st.just("evict"), st.integers(0, 10)),
+        st.tuples(st.just("pin"), TOKENS, SALTS, st.sampled_from(["", "alice", "bob"]), st.sampled_from([5.0, 60.0])),
+        st.tuples(st.just("wait"), st.sampled_from([1.0, 10.0])),
     ),
     max_size=40,
 )
@@ -33,7 +36,8 @@ def ids(tokens: list[int] | range) -> array[int]:
 @settings(max_examples=400, deadline=None)
 @given(OPS)
 def test_tree_answers_as_a_list_scan(ops: list[tuple]) -> None:
-    tree, scan, fresh = RadixTree(), ListIndex(), count(1)
+    now = 0.0
+    tree, scan, fresh = RadixTree(24, lambda: now), ListIndex(24, lambda: now), count(1)
     handles: list[tuple] = []  # (tree's, scan's)
     for op, *args in ops:
         match op, args:
@@ -57,6 +61,11 @@ def test_tree_answers_as_a_list_scan(ops: list[tuple]) -> None:
                 scan.unlock(prefix)
             case "evict", (n,):
                 assert sorted(tree.evict(n)) == sorted(scan.evict(n))
+            case "pin", (tokens, salt, owner, ttl_s):
+                assert tree.pin(ids(tokens), salt, owner, ttl_s) == scan.pin(tokens, salt, owner, ttl_s)
+            case "wait", (seconds,):
+                now += seconds
+        assert tree.n_pinned == scan.n_pinned
         assert (tree.n_slots, tree.n_locked) == (scan.n_slots, scan.n_locked)
         held = tree.audit(node for node, _ in handles)
         assert sorted(held) == sorted(scan.audit(prefix for _, prefix in handles))
@@ -134,3 +143,95 @@ def test_audit_finds_a_lock_too_many() -> None:
     node, _ = tree.extend(node, ids([1, 2]), [1, 2])
     with pytest.raises(AssertionError, match="1 locks, 0 leases"):
         tree.audit([])
+
+
+def computed(tree: RadixTree, tokens: list[int], first_slot: int) -> None:
+    """Hold `tokens`, unlocked, the newest."""
+    node, _ = tree.find(ids([]), "")
+    node, _ = tree.extend(node, ids(tokens), range(first_slot, first_slot + len(tokens)))
+    tree.unlock(node)
+
+
+def test_a_pin_outlives_younger_prefixes_until_its_time_is_over() -> None:
+    now = 0.0
+    tree = RadixTree(100, lambda: now)
+    computed(tree, [1, 2, 3, 4], 1)
+    assert tree.pin(ids([1, 2, 3]), "", "", 300.0)
+    assert not tree.pin(ids([1, 2, 9]), "", "", 300.0), "what is not there can't be held"
+    for i in range(10):
+        now += 29.0
+        computed(tree, [50 + i, 7, 7, 7], 10)
+        tree.evict(4)
+        assert tree.match(ids([1, 2, 3, 4]), "")[0] == 3
+    now = 300.0
+    computed(tree, [99, 7, 7, 7], 10)
+    tree.evict(3)
+    assert tree.match(ids([1, 2, 3]), "")[0] == 0
+    assert tree.match(ids([99, 7, 7, 7]), "")[0] == 4
+    assert tree.n_pinned == 0
+
+
+def test_a_pin_asked_for_again_lasts_longer_and_is_the_newest() -> None:
+    now = 0.0
+    tree = RadixTree(100, lambda: now)
+    for i in range(3):
+        computed(tree, [i, 7, 7], 1 + 3 * i)
+        assert tree.pin(ids([i, 7, 7]), "", "", 300.0)
+    now = 200.0
+    assert tree.pin(ids([0, 7, 7]), "", "", 300.0)
+    now = 400.0
+    assert tree.n_pinned == 9, "told when somebody asks for room"
+    assert sorted(tree.evict(6)) == [4, 5, 6, 7, 8, 9]
+    assert tree.n_pinned == 3
+
+
+def test_pins_give_way_when_nothing_else_is_left_the_oldest_first() -> None:
+    tree = RadixTree(100)
+    for i in range(3):
+        computed(tree, [i, 7, 7], 1 + 3 * i)
+        assert tree.pin(ids([i, 7, 7]), "", "", 300.0)
+    node, _ = tree.find(ids([0, 7, 7]), "")
+    assert sorted(tree.evict(4)) == [4, 5, 6, 9], "not the oldest: a lease locks it, so its pin would free nothing"
+    tree.audit([node])
+    assert tree.n_pinned == 3
+    assert tree.match(ids([2, 7, 7]), "")[0] == 2, "only as much as was needed"
+
+
+def test_pins_keep_to_their_shares() -> None:
+    tree = RadixTree(100)
+    for i in range(8):
+        computed(tree, [i] * 10, 1 + 10 * i)
+    assert not tree.pin(ids([0] * 26), "", "alice", 300.0)
+    for i in (0, 1, 2):  # 25 of 100 slots are one owner's
+        assert tree.pin(ids([i] * 10), "", "alice", 300.0)
+    assert tree.n_pinned == 20, "her first gave way to her third"
+    for owner, i in (("bob", 3), ("bob", 4), ("eve", 5), ("eve", 6)):
+        assert tree.pin(ids([i] * 10), "", owner, 300.0)
+    assert tree.n_pinned == 50, "of all of them together half the pool"
+    tree.evict(30)
+    assert [tree.match(ids([i] * 10), "")[0] for i in range(8)] == [0, 0, 10, 10, 10, 10, 10, 0]
+    tree.audit([])
+
+
+def test_a_pinned_leaf_does_not_grow_with_its_next_lease() -> None:
+    tree = RadixTree(100)
+    computed(tree, [1, 2], 1)
+    assert tree.pin(ids([1, 2]), "", "", 300.0)
+    node, _ = tree.find(ids([1, 2]), "")
+    node, _ = tree.extend(node, ids([3, 4]), [3, 4])
+    tree.unlock(node)
+    assert tree.n_pinned == 2
+    assert sorted(tree.evict(2)) == [3, 4]
+
+
+def test_pins_are_bounded_in_number() -> None:
+    tree = RadixTree(2**20)
+    computed(tree, list(range(2 * MAX_OWNER_PINS)), 1)
+    for n in range(1, 2 * MAX_OWNER_PINS):
+        assert tree.pin(ids(range(n)), "", "alice", 300.0)
+    assert len(tree._pins) == MAX_OWNER_PINS
+    for i in range(MAX_PINS + 10):
+        computed(tree, [7, i], 10**6 + 2 * i)
+        assert tree.pin(ids([7, i]), "", f"owner {i}", 300.0)
+    assert len(tree._pins) == MAX_PINS
+    tree.audit([])

@@ -72,6 +72,7 @@ def test_message() -> None:
             "input_tokens": len("[user]hi[assistant]") - 3,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 3,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
             "output_tokens": 3,
             "output_tokens_details": {"thinking_tokens": 0},
         },
