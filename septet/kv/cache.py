@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache", "Lease", "PrefixIndex"]
 
+EVICT_AT_ONCE = 256  # slots, or this share of a smaller pool: a full pool would else evict for every single token
+
 
 class PrefixIndex(Protocol):
     """Which token prefixes are held, and in which slots. A handle names a locked path; see `kv/radix.py`."""
@@ -77,6 +79,7 @@ class KVCache:
         self.granted = 0  # sum of len(lease.slots) over open leases: a shared slot counts once for each
         self.version = 0  # changes whenever an answer of `probe` may have changed
         self._index: PrefixIndex = RadixTree(self.capacity) if index is None else index
+        self._at_once = max(1, min(EVICT_AT_ONCE, self.capacity // EVICT_AT_ONCE))
         self._free = list(range(n_slots - 1, 0, -1))  # a stack, lowest slot on top: fresh grants are ascending runs
         self._leases: dict[int, Lease] = {}  # by id(lease)
 
@@ -143,6 +146,20 @@ class KVCache:
         lease.slots.extend(taken)
         return tuple(taken)
 
+    def grow_each(self, leases: list[Lease]) -> list[int] | None:
+        """A slot more for each, as `grow` would give them in turn. None: not enough for all, nothing changed."""
+        free, n = self._free, len(leases)
+        if len(free) < n and not self._make_room(n):
+            return None
+        at = len(free) - n
+        taken = free[at:]
+        del free[at:]
+        taken.reverse()
+        for lease, slot in zip(leases, taken, strict=True):
+            lease.slots.append(slot)
+        self.granted += n
+        return taken
+
     def commit(self, lease: Lease, tokens: array[int]) -> None:
         """The KV of the next `tokens` after the committed ones is computed: others may share it from now on.
 
@@ -205,9 +222,13 @@ class KVCache:
 
     # -- slots --------------------------------------------------------------------------------------------------------
     def _make_room(self, n: int) -> bool:
+        """Evicts whole lots: what is left then does not depend on how the slots are asked for. For a pin no more than
+        is needed."""
         if self.available < n:
             return False
-        self._give_back(self._index.evict(n - len(self._free)))
+        missing = n - len(self._free)
+        lots = -(-missing // self._at_once) * self._at_once
+        self._give_back(self._index.evict(min(lots, max(missing, self.cached - self._index.n_pinned))))
         self.version += 1
         return True
 
