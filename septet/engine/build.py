@@ -243,7 +243,7 @@ def _rehearse(model: ModelConfig, ops: Ops, dtype: torch.dtype, sizes: Sizes) ->
 def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | None) -> str:
     """Steps as CUDA graphs or one native call -> "", or why not: then every step is launched kernel by kernel."""
     if isinstance(runner.forward, TapeForward):
-        runner.graphs = TapedDecode(runner.forward.tape, runner.rows, sizes.max_num_seqs)
+        runner.graphs = runner.taped = TapedDecode(runner.forward.tape, runner.rows, sizes.max_num_seqs)
         return ""
     from septet.engine.buckets import Shapes
     from septet.engine.graphs import CudaCapture, StepGraphs

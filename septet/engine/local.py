@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from septet.engine.drawn import DrawnStep
     from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
+    from septet.engine.taped import TakenStep
     from septet.step import StepPlan
 
 __all__ = ["LocalExecutor"]
@@ -30,7 +31,7 @@ class LocalExecutor:
         self.depth = depth
         self._on_close = on_close
 
-    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
+    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep | TakenStep:
         """Where memory runs out: once more without what the allocator keeps. OutOfMemory if that does not help."""
         try:
             return self.runner.run(plan)
@@ -58,4 +59,4 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._on_close()
-        self.runner.graphs = None
+        self.runner.graphs = self.runner.taped = None

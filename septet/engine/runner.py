@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from septet.engine.graphs import Captured, StepGraphs
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
-    from septet.engine.taped import TapedDecode
+    from septet.engine.taped import TakenStep, TapedDecode
     from septet.kernels.ops import LayerKV, Ops
     from septet.step import PlanRow, StepPlan
 
@@ -162,12 +162,17 @@ class Runner:
         self.rows = rows
         self.staging = staging
         self.graphs: StepGraphs | TapedDecode | None = None
+        self.taped: TapedDecode | None = None  # `graphs`, where that is a tape
         self.constraints: Constraints | None = None
         self.pooling = Pooling()
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
+    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | TakenStep:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
+        taken = self.taped.quick(plan) if self.taped is not None else None
+        return self._run(plan) if taken is None else taken
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
         self.rows.join(plan.joins, self.staging)
         self.rows.write(plan.rows, self.staging)
         if self.constraints is not None:

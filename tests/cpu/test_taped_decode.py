@@ -3,6 +3,7 @@ under masks too."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +13,10 @@ from septet.config import EngineConfig
 from septet.engine.constraints import TokenMasks
 from septet.engine.process import Engine, build_engine
 from septet.engine.sampler import Pick, sample
-from septet.engine.taped import TapedDecode
+from septet.engine.taped import TakenStep, TapedDecode
 from septet.kernels.reference import ReferenceOps
 from septet.request import Request, SamplingParams
-from septet.step import Join, PlanRow
+from septet.step import Join, PlanRow, StepPlan
 from tests import tiny
 from tests.native import native_library
 
@@ -103,6 +104,36 @@ def test_rows_that_need_python_share_the_step(model: Path) -> None:
     assert got[: len(PARAMS)] == answers(start(model, "native"), PARAMS)
     assert got == answers(start(model, "reference"), mixed)
     assert set(got[-1]) == {7}
+
+
+@torch.inference_mode()
+def test_a_usual_step_is_one_call_and_any_other_is_not(model: Path) -> None:
+    """`quick` takes steps of rows that decode and sample, and draws what the long way draws; no other step."""
+    engine = start(model, "native")
+    graphs, rows, _ = masked_step(engine, 1)
+    runner = engine.executor.runner  # type: ignore[attr-defined]
+    assert graphs is runner.taped
+    free = graphs.run(rows, sample=True).tokens.tolist()
+    taken = runner.run(StepPlan(7, rows=tuple(rows)))
+    assert isinstance(taken, TakenStep)
+    result = taken.result()
+    assert (result.step, [row.tokens for row in result.rows]) == (7, [(token,) for token in free])
+    assert [row.request for row in result.rows] == [row.request for row in rows]
+    row = rows[0]
+    odd: list[dict[str, Any]] = [{"n": 2}, {"n_sample": 0}, {"tokens": (3,)}, {"prompt_logprobs": True}]
+    for change in [*odd, {"pooling": "mean"}]:
+        assert graphs.quick(StepPlan(8, rows=(replace(row, **change), *rows[1:]))) is None
+    joins = (Join("8", 8, (1, 2), 1, (), SamplingParams(logprobs=1, seed=0)),)
+    runner.rows.join(joins, runner.staging)
+    assert graphs.quick(StepPlan(8, joins, tuple(rows))) is None
+    assert graphs.quick(StepPlan(8, rows=(*rows, PlanRow("8", 8, 1, 1, (9,), 1)))) is None
+    assert graphs.quick(StepPlan(8, rows=(PlanRow("none", 9, 1, 1, (9,), 1),))) is None
+
+
+def test_a_row_of_nan_fails_alone() -> None:
+    rows = [PlanRow(name, i, 4, 1, (i,), 1) for i, name in enumerate("abc")]
+    got = TakenStep(3, rows, [5, -1, 6]).result().rows
+    assert [(row.tokens, row.error is None) for row in got] == [((5,), True), ((), False), ((6,), True)]
 
 
 def masked_step(engine: Engine, seed: int) -> tuple[TapedDecode, list[PlanRow], TokenMasks]:
