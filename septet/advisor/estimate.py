@@ -8,8 +8,8 @@ of two shapes, the worst 10 % off (tests/unit/test_advisor_estimate.py). Elsewhe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from septet.geometry import DTYPE_BYTES, flops_per_token, kv_bytes_per_token, parameter_count
 
@@ -55,6 +55,20 @@ class StepModel(Protocol):
     def step_s(self, work: Work) -> float: ...
 
 
+class _Terms(NamedTuple):
+    """Seconds: of a step, of each token, of each token or pair that attention reads."""
+
+    reading: float  # of the weights
+    token: float  # computed
+    head: float  # of it, what a prompt's token does without
+    context: float
+    pair: float
+    elementwise: float  # of a prompt's token
+    one: float  # launches of a step of one token
+    several: float
+    link: float
+
+
 @dataclass(frozen=True, slots=True)
 class Estimator:
     """tp: devices that share each layer. weights: bytes of the file, if it is known; else by `quant`."""
@@ -64,6 +78,11 @@ class Estimator:
     quant: str = "bf16"
     tp: int = 1
     weights: int | None = None
+
+    _terms: _Terms = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_terms", self._make_terms())
 
     @property
     def weight_bytes(self) -> int:
@@ -78,29 +97,33 @@ class Estimator:
 
     def step_s(self, work: Work) -> float:
         """Seconds, device and host overlapped."""
-        tokens = work.rows + work.prefill
+        rows, prefill, t = work.rows, work.prefill, self._terms
+        tokens = rows + prefill
         if not tokens:
             return 0.0
+        computing = tokens * t.token - prefill * t.head
+        device = (t.reading**2 + computing**2) ** 0.5
+        device += work.context * t.context + work.pairs * t.pair + prefill * t.elementwise
+        device += (t.one if tokens == 1 else t.several) + tokens * t.link + ROW_S * rows
+        return max(device, HOST_S + HOST_ROW_S * rows)
+
+    def _make_terms(self) -> _Terms:
         h, c = self.hardware, self.config
-        read = h.read_gb_s * 1e9 * self.tp
-        rate = (h.fp8_tflops if self.quant == "fp8" and h.fp8_tflops else h.bf16_tflops) * 1e12 * self.tp
+        read, dense = h.read_gb_s * 1e9 * self.tp, h.bf16_tflops * 1e12 * self.tp
+        rate = (h.fp8_tflops * 1e12 * self.tp if self.quant == "fp8" and h.fp8_tflops else dense) * COMPUTE_SHARE
         lookup = 0 if c.tie_embeddings else c.vocab_size * c.hidden_size * self.weight_bytes // parameter_count(c)
-        reading = (self.weight_bytes - lookup) / (read * READ_SHARE)
-        head = c.vocab_size * c.hidden_size * 2  # prompts sample once
-        computing = (tokens * flops_per_token(c) - work.prefill * head) / (rate * COMPUTE_SHARE)
-        device = (reading**2 + computing**2) ** 0.5
-        device += work.context * self.kv_bytes / (read * KV_SHARE)
-        device += (
-            4
-            * c.num_layers
-            * c.num_heads
-            * c.head_dim
-            * work.pairs
-            / (h.bf16_tflops * 1e12 * self.tp * ATTENTION_SHARE)
+        latency, link = self._link_s()
+        return _Terms(
+            reading=(self.weight_bytes - lookup) / (read * READ_SHARE),
+            token=flops_per_token(c) / rate,
+            head=c.vocab_size * c.hidden_size * 2 / rate,  # prompts sample once
+            context=self.kv_bytes / (read * KV_SHARE),
+            pair=4 * c.num_layers * c.num_heads * c.head_dim / (dense * ATTENTION_SHARE),
+            elementwise=self._elementwise_bytes() / read,
+            one=c.num_layers * LAYER_S[1] + latency,
+            several=c.num_layers * LAYER_S[2] + latency,
+            link=link,
         )
-        device += self._elementwise_bytes() * work.prefill / read
-        device += c.num_layers * LAYER_S[min(tokens, 2)] + ROW_S * work.rows + self._link_s(tokens)
-        return max(device, HOST_S + HOST_ROW_S * work.rows)
 
     def _elementwise_bytes(self) -> int:
         """Of one prompt token: activation, norms with residual, rotation and KV write, each read and written once."""
@@ -108,9 +131,10 @@ class Estimator:
         qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         return c.num_layers * DTYPE_BYTES["bfloat16"] * (3 * c.intermediate_size + 8 * c.hidden_size + 2 * qkv)
 
-    def _link_s(self, tokens: int) -> float:
-        """Two all-reduces a layer."""
+    def _link_s(self) -> tuple[float, float]:
+        """Two all-reduces a layer: of a step, and more for each token."""
         if self.tp == 1:
-            return 0.0
-        moved = 2 * (self.tp - 1) / self.tp * tokens * self.config.hidden_size * DTYPE_BYTES["bfloat16"]
-        return 2 * self.config.num_layers * (LINK_LATENCY_S + moved / (self.hardware.link_gb_s * 1e9))
+            return 0.0, 0.0
+        moved = 2 * (self.tp - 1) / self.tp * self.config.hidden_size * DTYPE_BYTES["bfloat16"]
+        reduces = 2 * self.config.num_layers
+        return reduces * LINK_LATENCY_S, reduces * moved / (self.hardware.link_gb_s * 1e9)

@@ -2,24 +2,26 @@
 
 Called by `septet simulate`. Each replica is a `Scheduler` with its `KVCache`; a `SimulatedExecutor` answers plans at
 once with made-up tokens and says how long the step would take (`estimate.StepModel`). A heap of events drives any
-number of replicas behind a router. Deterministic. What is not simulated: tokenising, HTTP, the network.
+number of replicas behind a router. Steps that nobody comes into or leaves are taken several at once (`leap.py`), which
+changes no figure. Deterministic. What is not simulated: tokenising, HTTP, the network.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import zlib
 from array import array
-from collections import deque
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from septet.advisor.estimate import Work
-from septet.engine.scheduler import Scheduler, SchedulerLimits
+from septet.advisor.leap import LeapingScheduler
+from septet.engine.scheduler import SchedulerLimits
 from septet.errors import InvalidRequest
 from septet.kv.cache import KVCache
-from septet.kv.radix import RadixTree
 from septet.request import Request, SamplingParams
 from septet.step import RowResult, StepResult
 
@@ -34,8 +36,7 @@ __all__ = ["ROUTERS", "Fleet", "Outcome", "Served", "SimulatedExecutor", "group_
 
 VOCAB = 1 << 31
 TOKEN = 7  # what every step draws, and what prompts are made of after the token that tells them apart
-EVICT_AT_ONCE = 256  # slots; at most this share of the pool:
-EVICT_SHARE = 1 / 256
+MOST_AHEAD = 64  # steps taken at once
 ROUTERS = ("round-robin", "least-loaded", "prefix")
 
 
@@ -54,7 +55,6 @@ class Fleet:
     chunked_prefill: bool = True  # False: a prompt is never cut, however long the others wait for it
     prefill_replicas: int = 0
     hand_over_s: float = 0.0  # per prompt token, when prefill and decode are apart
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
@@ -109,7 +109,7 @@ class SimulatedExecutor:
     free_prompts: bool = False
     drawn: dict[str, RowResult] = field(default_factory=dict)  # by request: always the same token
 
-    def run(self, plan: StepPlan) -> tuple[StepResult, float]:
+    def run(self, plan: StepPlan) -> tuple[StepResult, Work]:
         rows = context = prefill = 0
         pairs = 0.0
         for row in plan.rows:
@@ -126,45 +126,47 @@ class SimulatedExecutor:
         for join in plan.joins:
             known[join.request] = RowResult(join.request, (TOKEN,))
         drawn = tuple([known[row.request] for row in plan.rows if row.n_sample])
-        return StepResult(plan.step, drawn), self.step_model.step_s(Work(rows, context, prefill, pairs))
+        return StepResult(plan.step, drawn), Work(rows, context, prefill, pairs)
 
 
-class PatientTree(RadixTree):
-    """Evicts in the tree's order, but `at_once` slots a time: a full pool would else evict for every single token."""
-
-    def __init__(self, at_once: int) -> None:
-        super().__init__()
-        self.at_once = at_once
-
-    def evict(self, n: int) -> list[int]:
-        return super().evict(min(max(n, self.at_once), self.n_slots - self.n_locked))
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
-    """One engine, and the result of the step under way."""
+    """One engine, and the steps under way: the planned one, and those that would follow it if nothing came."""
 
-    scheduler: Scheduler
+    rank: int  # which of those that end at the same time is first
+    scheduler: LeapingScheduler
     executor: SimulatedExecutor
     open: int = 0  # requests
-    busy: bool = False
-    pending: deque[StepResult] = field(default_factory=deque)
+    result: StepResult | None = None  # of the planned step; None: idle
+    took: list[float] = field(default_factory=list)  # seconds of each step under way
+    ends: list[float] = field(default_factory=list)
+    alike: bool = False  # all of them only decode
+    event: int = -1  # the number of the one that ends them
+    busy_s: float = 0.0
 
 
 class Simulation:
-    def __init__(self, fleet: Fleet) -> None:
+    """`leaps` False: every step by itself. The answer is the same."""
+
+    def __init__(self, fleet: Fleet, leaps: bool = True) -> None:
         self.fleet = fleet
-        self.decoders = [self._replica(free=fleet.prefill_replicas > 0) for _ in range(fleet.replicas)]
-        self.prefillers = [self._replica(free=False) for _ in range(fleet.prefill_replicas)]
-        self.events: list[tuple[float, int, object]] = []
+        self.leaps = leaps
+        ranks = itertools.count()
+        self.decoders = [self._replica(next(ranks), free=fleet.prefill_replicas > 0) for _ in range(fleet.replicas)]
+        self.prefillers = [self._replica(next(ranks), free=False) for _ in range(fleet.prefill_replicas)]
+        self.replicas = (*self.decoders, *self.prefillers)
+        # (when, rank, number, what): ends of steps by replica, then hand-overs by request
+        self.events: list[tuple[float, int, int, Replica | str]] = []
         self.numbers = itertools.count()
         self.turn = itertools.count()
         self.requests: dict[str, tuple[Served, Arrival, array[int]]] = {}
         self.unanswered: set[str] = set()
-        self.outcome = Outcome([], replicas=fleet.replicas + fleet.prefill_replicas)
+        self.params: dict[int, SamplingParams] = {}  # by output
+        self.outcome = Outcome([], replicas=len(self.replicas))
         self.now = 0.0
+        self.next_arrival = math.inf
 
-    def _replica(self, free: bool) -> Replica:
+    def _replica(self, rank: int, free: bool) -> Replica:
         f = self.fleet
         length = min(f.max_model_len, f.kv_slots)
         most = length * f.max_num_seqs if free else f.max_num_batched_tokens if f.chunked_prefill else length
@@ -174,9 +176,8 @@ class Simulation:
             max_model_len=length,
             max_waiting=1 << 30,
         )
-        index = PatientTree(max(1, min(EVICT_AT_ONCE, int(f.kv_slots * EVICT_SHARE))))
-        scheduler = Scheduler(limits, KVCache(f.kv_slots + 1, index=index), VOCAB)
-        return Replica(scheduler, SimulatedExecutor(f.step_model, free))
+        scheduler = LeapingScheduler(limits, KVCache(f.kv_slots + 1), VOCAB)
+        return Replica(rank, scheduler, SimulatedExecutor(f.step_model, free))
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, arrivals: Iterable[Arrival]) -> Outcome:
@@ -184,27 +185,29 @@ class Simulation:
         upcoming = next(waiting, None)
         while upcoming is not None or self.events:
             if upcoming is not None and (not self.events or upcoming.at <= self.events[0][0]):
-                self.now = upcoming.at
-                self._arrive(upcoming)
-                upcoming = next(waiting, None)
+                arrived, upcoming = upcoming, next(waiting, None)
+                self.now, self.next_arrival = arrived.at, math.inf if upcoming is None else upcoming.at
+                self._arrive(arrived)
             else:
-                self.now, _, what = heapq.heappop(self.events)
-                if isinstance(what, Replica):
+                when, _, number, what = heapq.heappop(self.events)
+                if isinstance(what, str):
+                    self.now = when
+                    self._submit(self._choose(self.decoders, self.requests[what][1]), what)
+                elif number == what.event:
+                    self.now = when
                     self._finish(what)
-                else:
-                    self._submit(self._choose(self.decoders, self.requests[str(what)][1]), str(what))
-        for replica in (*self.decoders, *self.prefillers):
+        for replica in self.replicas:
             stats = replica.scheduler.stats
             self.outcome.prompt_tokens += 0 if replica.executor.free_prompts else stats.prompt_tokens
             self.outcome.cached_tokens += 0 if replica.executor.free_prompts else stats.cached_tokens
             self.outcome.preemptions += stats.preemptions
-            replica.scheduler.cache.audit()
+            self.outcome.steps += stats.steps
+            self.outcome.busy_s += replica.busy_s
+            replica.scheduler.audit()
         self.outcome.seconds = self.now
         return self.outcome
 
-    def _at(self, when: float, what: object) -> None:
-        heapq.heappush(self.events, (when, next(self.numbers), what))
-
+    # -- requests -----------------------------------------------------------------------------------------------------
     def _arrive(self, arrival: Arrival) -> None:
         served = Served(arrival.at, arrival.prompt, arrival.output)
         self.outcome.served.append(served)
@@ -224,11 +227,13 @@ class Simulation:
 
     def _submit(self, replica: Replica, name: str) -> None:
         served, arrival, tokens = self.requests[name]
-        output = arrival.output
+        output, handed = arrival.output, replica.executor.free_prompts
         if self.prefillers:  # the first token is drawn where the prompt is computed, the others after it
-            handed = replica.executor.free_prompts
             tokens, output = (tokens + array("i", [TOKEN]), output - 1) if handed else (tokens, 1)
-        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
+        params = self.params.get(output)
+        if params is None:
+            params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
+            self.params[output] = params
         salt = "" if self.fleet.prefix_caching else name
         try:
             replica.scheduler.submit(
@@ -238,41 +243,78 @@ class Simulation:
             served.refused = error.message
             return
         replica.open += 1
-        self._start(replica)
+        if replica.result is None:
+            self._start(replica)
+        elif len(replica.ends) > 1:  # the step under way now is the last without it; arrivals come before ends
+            self._cut(replica, (bisect_right if handed else bisect_left)(replica.ends, self.now) + 1)
 
+    # -- steps --------------------------------------------------------------------------------------------------------
     def _start(self, replica: Replica) -> None:
-        if replica.busy:
-            return
         plan = replica.scheduler.plan()
         if plan is None:
+            replica.result = None
             return
-        result, seconds = replica.executor.run(plan)
-        replica.pending.append(result)
-        replica.busy = True
-        self.outcome.steps += 1
-        self.outcome.busy_s += seconds
-        self._at(self.now + seconds, replica)
+        replica.result, work = replica.executor.run(plan)
+        seconds = self.fleet.step_model.step_s(work)
+        replica.took, replica.ends = [seconds], [self.now + seconds]
+        ahead = -1 if work.prefill or not self.leaps else replica.scheduler.ahead()
+        replica.alike = ahead >= 0
+        if ahead > 0:
+            self._look_ahead(replica, work, min(ahead, MOST_AHEAD))
+        self._await(replica)
+
+    def _look_ahead(self, replica: Replica, work: Work, ahead: int) -> None:
+        """The steps that will follow if nobody comes: one more token of context for each row in each."""
+        rows, context, end = work.rows, work.context, replica.ends[0]
+        until = self.next_arrival if len(self.replicas) == 1 else math.inf
+        step_s = self.fleet.step_model.step_s
+        for _ in range(ahead):
+            if end >= until:
+                return
+            context += rows
+            seconds = step_s(Work(rows, context))
+            end += seconds
+            replica.took.append(seconds)
+            replica.ends.append(end)
+
+    def _cut(self, replica: Replica, n: int) -> None:
+        """Only `n` of the steps under way are to be taken."""
+        if n < len(replica.ends):
+            del replica.took[n:], replica.ends[n:]
+            self._await(replica)
+
+    def _await(self, replica: Replica) -> None:
+        replica.event = next(self.numbers)
+        heapq.heappush(self.events, (replica.ends[-1], replica.rank, replica.event, replica))
 
     def _finish(self, replica: Replica) -> None:
-        replica.busy = False
-        apart = bool(self.prefillers) and not replica.executor.free_prompts
-        unanswered = self.unanswered
-        for update in replica.scheduler.commit(replica.pending.popleft()):
-            if update.finish_reason is None and update.request not in unanswered:
-                continue
-            served, arrival, _ = self.requests[update.request]
-            if update.request in unanswered:
-                unanswered.remove(update.request)
-                served.first = self.now
-            if update.finish_reason is not None:
-                replica.open -= 1
-                del replica.executor.drawn[update.request]
-                if apart and arrival.output > 1:
-                    self._at(self.now + arrival.prompt * self.fleet.hand_over_s, update.request)
-                else:
-                    served.end = self.now
-                    del self.requests[update.request]
+        result = replica.result
+        assert result is not None
+        for seconds in replica.took:
+            replica.busy_s += seconds
+        if replica.alike:
+            for name in replica.scheduler.land(len(replica.ends) - 1, TOKEN):
+                self._ended(replica, name)
+        else:
+            unanswered = self.unanswered
+            for update in replica.scheduler.commit(result):
+                if update.request in unanswered:
+                    unanswered.remove(update.request)
+                    self.requests[update.request][0].first = self.now
+                if update.finish_reason is not None:
+                    self._ended(replica, update.request)
         self._start(replica)
+
+    def _ended(self, replica: Replica, name: str) -> None:
+        served, arrival, _ = self.requests[name]
+        replica.open -= 1
+        del replica.executor.drawn[name]
+        if self.prefillers and not replica.executor.free_prompts and arrival.output > 1:
+            when = self.now + arrival.prompt * self.fleet.hand_over_s
+            heapq.heappush(self.events, (when, len(self.replicas), int(name), name))
+        else:
+            served.end = self.now
+            del self.requests[name]
 
 
 def group_of(arrival: Arrival, replicas: int) -> int:
@@ -280,9 +322,9 @@ def group_of(arrival: Arrival, replicas: int) -> int:
     return zlib.crc32(str(arrival.prefix_id).encode()) % replicas
 
 
-def simulate(fleet: Fleet, arrivals: Iterable[Arrival]) -> Outcome:
+def simulate(fleet: Fleet, arrivals: Iterable[Arrival], leaps: bool = True) -> Outcome:
     """Serve `arrivals`, in order of time, until the last answer has ended."""
-    return Simulation(fleet).run(arrivals)
+    return Simulation(fleet, leaps).run(arrivals)
 
 
 def _tokens(arrival: Arrival, number: int) -> array[int]:

@@ -97,7 +97,7 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
 def _chosen(given: dict[str, Any]) -> dict[str, Any]:
     """What a fleet takes from the options as it is."""
     names = {"replicas": "replicas", "router": "router", "caching": "prefix_caching", "chunked": "chunked_prefill",
-             "prefill_replicas": "prefill_replicas", "seed": "seed"}  # fmt: skip
+             "prefill_replicas": "prefill_replicas"}  # fmt: skip
     return {field: given[option] for option, field in names.items()}
 
 

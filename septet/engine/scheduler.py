@@ -129,7 +129,8 @@ class Scheduler:
 
         Returns the sequences that want more than one token.
         """
-        decodes, prefills = [], []
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         for seq in self._running:
             if seq.length < seq.limit:  # else its last token is in flight
                 (decodes if seq.length - seq.planned <= 1 else prefills).append(seq)
