@@ -21,7 +21,8 @@ VOCAB = 50
 
 def request(id: str, tokens: list[int], max_tokens: int = 8, **more: object) -> Request:
     """`more`: fields of Request, and of SamplingParams."""
-    own = {name: more.pop(name) for name in ("priority", "arrival", "eos_token_ids", "cache_salt") if name in more}
+    names = ("priority", "arrival", "eos_token_ids", "cache_salt", "pins")
+    own = {name: more.pop(name) for name in names if name in more}
     params = SamplingParams(**{"seed": 0, "max_tokens": max_tokens, **more})  # type: ignore[arg-type]
     return Request(id=id, tokens=tuple(tokens), params=params, **own)  # type: ignore[arg-type]
 
@@ -52,6 +53,7 @@ class Got:
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)  # one per update
+    pinned: list[tuple[int, ...]] = field(default_factory=list)  # where some are told
     final: Update | None = None
 
     def take(self, update: Update) -> None:
@@ -60,6 +62,7 @@ class Got:
         self.logprobs += update.logprobs
         self.prompt_logprobs += update.prompt_logprobs
         self.cached.append(update.cached_tokens)
+        self.pinned += [update.pinned] if update.pinned else []
         if update.finish_reason is not None:
             self.final = update
 

@@ -47,6 +47,7 @@ _GAUGES = (
     ("septet:kv_slots_free", "KV slots that hold nothing", "slots_free"),
     ("septet:kv_slots_cached", "KV slots held by the prefix cache alone", "slots_cached"),
     ("septet:kv_slots_leased", "KV slots held for running requests", "slots_leased"),
+    ("septet:kv_slots_pinned", "KV slots held by pins (cache_control)", "slots_pinned"),
     ("septet:kv_slots_used", "Leased KV slots whose KV is computed", "slots_used"),
     ("septet:kv_waste_ratio", "(leased - used) / leased, averaged over steps", "kv_waste"),
     ("septet:kv_waste_ratio_max", "The worst step's waste", "kv_waste_max"),

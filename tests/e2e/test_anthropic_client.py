@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import anthropic
@@ -97,6 +98,25 @@ def test_structured_output(client: anthropic.Anthropic) -> None:
     answer = client.messages.create(**greedy(output_config={"format": form}))
     assert answer.content[0].type == "text"
     assert answer.content[0].text == '"Paris"'
+
+
+def test_what_cache_control_holds_is_told_in_the_usage(client: anthropic.Anthropic) -> None:
+    rules = f"You are clerk {uuid.uuid4()}. " + "You answer with one word. " * 20
+    system: list[Any] = [{"type": "text", "text": rules, "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
+    first = client.messages.create(**greedy(max_tokens=1, system=system)).usage
+    held = (first.cache_read_input_tokens or 0) + (first.cache_creation_input_tokens or 0)
+    assert (first.cache_creation_input_tokens or 0) > 100
+    assert first.cache_creation is not None
+    assert first.cache_creation.ephemeral_1h_input_tokens == first.cache_creation_input_tokens
+    assert (
+        held + first.input_tokens
+        == client.messages.count_tokens(model="smollm2", messages=ASK, system=system).input_tokens
+    )
+    other: list[Any] = [{"role": "user", "content": "What is the capital of Norway?"}]
+    with client.messages.stream(**greedy(max_tokens=1, system=system, messages=other)) as stream:
+        second = stream.get_final_message().usage
+    assert (second.cache_read_input_tokens or 0) >= held
+    assert second.cache_creation_input_tokens == 0
 
 
 def test_count_and_models(client: anthropic.Anthropic) -> None:
