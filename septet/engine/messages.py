@@ -16,6 +16,7 @@ from septet.request import FinishReason, Request
 from septet.step import Logprobs
 
 __all__ = [
+    "STEP_TOKENS",
     "Abort",
     "EngineInfo",
     "EngineStats",
@@ -108,6 +109,9 @@ class Update(Struct, frozen=True, omit_defaults=True):
     error_param: str | None = None  # the field that is wrong, where one is
 
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since start and gauges of now. Durations in seconds."""
@@ -132,6 +136,8 @@ class EngineStats:
     last_step_rows: int = 0
     last_step_tokens: int = 0
     last_step_prefill_tokens: int = 0
+    step_tokens: tuple[int, ...] = ()  # steps of up to each of STEP_TOKENS tokens, and of more; each counted once
+    prefill_steps: int = 0  # steps with prefill rows
     mixed_steps: int = 0  # steps with prefill and decode rows together
     step_s: float = 0.0  # total wall time in steps
     host_s: float = 0.0  # of that, scheduling and commit on the host

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from septet.engine.messages import EngineStats
+from septet.engine.messages import STEP_TOKENS, EngineStats
 
 if TYPE_CHECKING:
     from septet.kv.cache import KVCache
@@ -28,6 +29,8 @@ class Tally:
     last_step_rows: int = 0
     last_step_tokens: int = 0
     last_step_prefill_tokens: int = 0
+    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
+    prefill_steps: int = 0
     mixed_steps: int = 0
     kv_waste_sum: float = 0.0  # over steps
     kv_waste_max: float = 0.0
@@ -38,6 +41,8 @@ class Tally:
         self.computed_tokens += n_tokens
         self.last_step_rows, self.last_step_tokens = n_rows, n_tokens
         self.last_step_prefill_tokens = n_prefill_tokens
+        self.step_tokens[bisect_left(STEP_TOKENS, n_tokens)] += 1
+        self.prefill_steps += n_prefill_tokens > 0
         self.mixed_steps += 0 < n_prefill_tokens < n_tokens
         waste = unused / leased if leased else 0.0
         self.kv_waste_sum += waste
@@ -65,5 +70,7 @@ class Tally:
             last_step_rows=self.last_step_rows,
             last_step_tokens=self.last_step_tokens,
             last_step_prefill_tokens=self.last_step_prefill_tokens,
+            step_tokens=tuple(self.step_tokens),
+            prefill_steps=self.prefill_steps,
             mixed_steps=self.mixed_steps,
         )

@@ -55,7 +55,7 @@ async def generate(
     if context is not None:
         context.model = label
         context.prompt_tokens += sum(tokens)
-    track = service.metrics.track(label, params, tokens)
+    track = service.metrics.track(label, params, tokens, context.began if context is not None else None)
     sources = [_numbered(session, i, prompt, params, how) for i, prompt in enumerate(prompts)]
     try:
         async with aclosing(merge(sources)) as events:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from septet.engine.messages import STEP_TOKENS
 from septet.serve.errors import DeadlineExceeded
 from septet.session.events import Event, Finished, TextDelta
 
@@ -87,11 +90,13 @@ class _Engines(Collector):
             yield self._gauge(name, text, {m: getattr(s, attribute) for m, s in self.stats.items()})
         usage = {m: s.slots_leased / s.slots_total if s.slots_total else 0.0 for m, s in self.stats.items()}
         yield self._gauge("vllm:kv_cache_usage_perc", "KV slots leased, 1 = all", usage)
+        yield self._gauge("vllm:gpu_cache_usage_perc", "The same under its older name", usage)
         for name, text, attribute in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             for model, stats in self.stats.items():
                 counter.add_metric((model, "0"), getattr(stats, attribute))
             yield counter
+        yield self._step_tokens()
         yield self._cache_config()
         yield from self._tgi()
         yield from self._server()
@@ -101,6 +106,15 @@ class _Engines(Collector):
         for model, value in values.items():
             gauge.add_metric((model, "0"), value)
         return gauge
+
+    def _step_tokens(self) -> Metric:
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens per engine step", labels=_LABELS)
+        bounds = [*map(float, STEP_TOKENS), float("inf")]
+        for model, stats in self.stats.items():
+            counts = accumulate(stats.step_tokens or [0] * len(bounds))
+            buckets = [(floatToGoString(bound), n) for bound, n in zip(bounds, counts, strict=True)]
+            steps.add_metric((model, "0"), buckets, stats.computed_tokens)
+        return steps
 
     def _cache_config(self) -> Metric:
         """What llm-d's scheduler reads beside the gauges: the pool's size in blocks of one token."""
@@ -120,6 +134,11 @@ class _Engines(Collector):
             ("tgi_batch_max_total_tokens", "KV slots there are", sum(s.slots_total for s in each)),
         ):
             yield GaugeMetricFamily(name, text, value=value)
+        steps = Metric("tgi_batch_inference_count", "Engine steps, those with prompt tokens apart", "unknown")
+        prefill = sum(s.prefill_steps for s in each)
+        steps.add_sample("tgi_batch_inference_count", {"method": "prefill"}, prefill)
+        steps.add_sample("tgi_batch_inference_count", {"method": "decode"}, sum(s.steps for s in each) - prefill)
+        yield steps
 
     def _server(self) -> Iterator[Metric]:
         yield self._gauge(
@@ -165,8 +184,11 @@ class _Model:
         self.ttft, self.itl, self.e2e, self.decode, self.tpot = (
             kinds[name].labels(*labels) for name in ("ttft", "itl", "e2e", "decode", "tpot")
         )
-        self.prompt, self.output, self.n, self.max_tokens = (
-            kinds[name].labels(*labels) for name in ("prompt", "output", "n", "max_tokens")
+        self.queue, self.prefill, self.inference = (
+            kinds[name].labels(*labels) for name in ("queue", "prefill", "inference")
+        )
+        self.prompt, self.output, self.most, self.n, self.max_tokens = (
+            kinds[name].labels(*labels) for name in ("prompt", "output", "most", "n", "max_tokens")
         )
         self.finished = {reason: metrics.success.labels(*labels, reason) for reason in REASONS}
         self.recent_ttft: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (monotonic time, seconds)
@@ -177,15 +199,23 @@ _HISTOGRAMS = (
     ("ttft", "vllm:time_to_first_token_seconds", "Arrival to first token", _SECONDS),
     ("itl", "vllm:inter_token_latency_seconds", "Between tokens of a choice", _TOKEN_SECONDS),
     ("e2e", "vllm:e2e_request_latency_seconds", "Arrival to last token", _SECONDS),
+    ("queue", "vllm:request_queue_time_seconds", "From sending to the first step with the request", _SECONDS),
+    ("prefill", "vllm:request_prefill_time_seconds", "From there to the first token", _SECONDS),
+    ("inference", "vllm:request_inference_time_seconds", "First step to last token", _SECONDS),
     ("decode", "vllm:request_decode_time_seconds", "First to last token", _SECONDS),
     ("tpot", "vllm:request_time_per_output_token_seconds", "Of that, per token after the first", _TOKEN_SECONDS),
     ("prompt", "vllm:request_prompt_tokens", "Prompt tokens per request", _COUNTS),
     ("output", "vllm:request_generation_tokens", "Output tokens per choice", _COUNTS),
+    ("most", "vllm:request_max_num_generation_tokens", "Output tokens of a request's longest choice", _COUNTS),
     ("n", "vllm:request_params_n", "n of requests", _SMALL),
     ("max_tokens", "vllm:request_params_max_tokens", "max_tokens of requests", _COUNTS),
 )
 _TGI_HISTOGRAMS = (
     ("duration", "tgi_request_duration", "Arrival to last token, seconds", _SECONDS),
+    ("validation", "tgi_request_validation_duration", "Arrival to the engine's queue, seconds", _SECONDS),
+    ("queue", "tgi_request_queue_duration", "Seconds in the engine's queue", _SECONDS),
+    ("inference", "tgi_request_inference_duration", "First step to last token, seconds", _SECONDS),
+    ("skipped", "tgi_request_skipped_tokens", "Prompt tokens out of the prefix cache", _COUNTS),
     ("per_token", "tgi_request_mean_time_per_token_duration", "Seconds per token after the first", _TOKEN_SECONDS),
     ("input", "tgi_request_input_length", "Prompt tokens", _COUNTS),
     ("generated", "tgi_request_generated_tokens", "Output tokens", _COUNTS),
@@ -223,9 +253,14 @@ class Metrics:
             found = self._models[model] = _Model(self, model)
         return found
 
-    def track(self, model: str, params: SamplingParams, prompt_tokens: Sequence[int]) -> Track:
+    def track(
+        self, model: str, params: SamplingParams, prompt_tokens: Sequence[int], began: float | None = None
+    ) -> Track:
+        """began: when the call arrived, of the monotonic clock."""
         kept = self.of(model)
         for count in prompt_tokens:
+            if began is not None:
+                self.tgi["validation"].observe(time.monotonic() - began)
             kept.prompt.observe(count)
             kept.n.observe(params.n)
             self.tgi["input"].observe(count)
@@ -259,6 +294,7 @@ class Track:
         self._started = time.monotonic()
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
+        self._ended: dict[int, tuple[int, int]] = {}  # prompts: (choices that ended, tokens of the longest)
         self._open = n_choices
 
     def saw(self, number: int, event: Event) -> None:
@@ -277,6 +313,10 @@ class Track:
         elif isinstance(event, Finished):
             self._open -= 1
             self._finish(index, now, event)
+            n, most = self._ended.get(number, (0, 0))
+            n, most = self._ended[number] = n + 1, max(most, event.usage.completion_tokens)
+            if n == self._n:
+                self._model.most.observe(most)
 
     def _finish(self, index: int, now: float, event: Finished) -> None:
         model, tgi, n_tokens = self._model, self._metrics.tgi, event.usage.completion_tokens
@@ -286,6 +326,14 @@ class Track:
         tgi["generated"].observe(n_tokens)
         decode = self._last.get(index, now) - self._first.get(index, now)
         model.decode.observe(decode)
+        if event.waited_s is not None:
+            inference = event.prefill_s + decode
+            model.queue.observe(event.waited_s)
+            model.prefill.observe(event.prefill_s)
+            model.inference.observe(inference)
+            tgi["queue"].observe(event.waited_s)
+            tgi["inference"].observe(inference)
+            tgi["skipped"].observe(event.usage.cached_tokens)
         if n_tokens > 1:
             model.tpot.observe(decode / (n_tokens - 1))
             model.recent_tpot.append((now, decode / (n_tokens - 1)))

@@ -84,10 +84,12 @@ class _Clock:
     def headers(self, answer: Answer, device: str) -> dict[str, str]:
         now = time.monotonic()
         n_tokens = sum(sequence.n_tokens for sequence in answer.sequences)
-        inference = now - self.submitted
+        queued = max((s.finished.waited_s or 0.0 for s in answer.sequences if s.finished is not None), default=0.0)
+        inference = max(0.0, now - self.submitted - queued)
         seconds = {
             "x-total-time": now - self.received,
             "x-validation-time": self.submitted - self.received,
+            "x-queue-time": queued,
             "x-inference-time": inference,
             "x-time-per-token": inference / max(1, n_tokens),
         }
