@@ -22,7 +22,8 @@ from septet.engine.sizing import Choice, Sizes, resolve_sizes
 from septet.engine.staging import Staging
 from septet.engine.taped import TapedDecode
 from septet.errors import InvalidRequest, OutOfMemory
-from septet.geometry import kv_bytes_per_token, weight_bytes
+from septet.geometry import kv_bytes_per_token
+from septet.hub.footprint import loaded_bytes
 from septet.hub.model_config import read_model_config
 from septet.layers.build import Build
 from septet.machine import available_memory
@@ -55,7 +56,8 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
     kv_dtype = "float16" if native and config.dtype == "auto" else dtype
     overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
     captured = (native or (device.type == "cuda" and ops.name != "reference")) and not config.enforce_eager
-    sizes = _sizes(config, model_config, device, dtype, kv_dtype)
+    weights = _weight_bytes(config, model_config, dtype, native)
+    sizes = _sizes(config, model_config, device, weights, kv_dtype)
     phases.done("device")
     rehearsal = _rehearse(model_config, ops, DTYPES[dtype], sizes) if captured and not native else None
     with torch.inference_mode():
@@ -91,7 +93,7 @@ def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         num_kv_slots=sizes.num_kv_slots,
         kv_bytes_per_token=kv_bytes_per_token(model_config, kv_dtype),
-        weight_bytes=weight_bytes(model_config, dtype),
+        weight_bytes=weights,
         device=str(device),
         dtype=dtype,
         kernels=ops.name,
@@ -201,16 +203,20 @@ def _forward(model: Model, ops: Ops, kv: list[LayerKV]) -> tuple[Forward, Ops]:
     return TapeForward(record(model, ops, kv)), NativeOps(ops.library, ops.pool, ops.packer.path)
 
 
-def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: str, kv_dtype: str) -> Sizes:
+def _weight_bytes(config: EngineConfig, model: ModelConfig, dtype: str, native: bool) -> int:
+    """What the weights will take; dummy ones are dense, as no file holds them."""
+    return loaded_bytes(config.model, model, dtype, native and config.load_format == "auto")
+
+
+def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, weights: int, kv_dtype: str) -> Sizes:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
         free = available_memory()
-    weights = weight_bytes(model, dtype)
     if weights > free:
         raise OutOfMemory(
-            f"the weights need {weights >> 20} MiB in {dtype}, but {free >> 20} MiB are free on {device.type}: "
-            "close other programs, choose a smaller dtype, or a smaller model"
+            f"the weights need {weights >> 20} MiB, but {free >> 20} MiB are free on {device.type}: close other "
+            "programs, or choose a smaller model, a smaller --dtype or a GGUF file of fewer bits"
         )
     return resolve_sizes(config, model, device=device.type, dtype=kv_dtype, weights=weights, free=free)
 

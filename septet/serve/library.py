@@ -17,6 +17,7 @@ from septet.engine.sizing import CPU_SEQS, CPU_STEP_TOKENS, GPU_RESERVE, GPU_SEQ
 from septet.errors import InvalidRequest, ModelNotFound
 from septet.geometry import activation_bytes, kv_bytes_per_token, row_state_bytes, weight_bytes
 from septet.hub.catalog import CATALOG
+from septet.hub.footprint import loaded_bytes
 from septet.hub.model_config import read_model_config
 from septet.hub.modelfile import Recipe
 from septet.hub.pull import canonical
@@ -41,7 +42,7 @@ BUDGET_SHARE = 0.75  # of the memory that is free at start: the rest is the mach
 KV_SHARE = 0.125  # of the budget that the weights leave, for one model's KV pool: half of what an only model takes
 CPU_RUNTIME = 192 << 20  # a process with torch in it
 CPU_WORKSPACE = 128 << 20  # a step's temporaries
-PACKED = 1.25  # packed weights and what is made of them, over the file's size
+PACKED = 1.1  # what is made of packed weights beside them
 
 
 # -- which models there are -------------------------------------------------------------------------------------------
@@ -168,7 +169,8 @@ class EngineLoader:
         fixed = CPU_RUNTIME + CPU_WORKSPACE + activation_bytes(config, CPU_STEP_TOKENS, 0, "float32")
         native = asked.kernels == "native" or (asked.kernels == "auto" and NATIVE_LIBRARY.exists())
         if native and asked.load_format == "auto":
-            return int(_file_bytes(model) * PACKED), fixed, asked.dtype if asked.dtype != "auto" else "float16"
+            packed = loaded_bytes(model.path, config, config.dtype, native=True)
+            return int(packed * PACKED), fixed, asked.dtype if asked.dtype != "auto" else "float16"
         dtype = asked.dtype if asked.dtype != "auto" else "float32"
         return weight_bytes(config, dtype), fixed, dtype
 
@@ -178,12 +180,6 @@ class EngineLoader:
         if resident is None:
             return need.n_bytes
         return resident + info.num_kv_slots * info.kv_bytes_per_token + CPU_WORKSPACE
-
-
-def _file_bytes(model: LocalModel) -> int:
-    if model.path.is_dir():
-        return sum(path.stat().st_size for path in model.path.glob("*.safetensors"))
-    return model.n_bytes
 
 
 def _anonymous_bytes(pid: int) -> int | None:
