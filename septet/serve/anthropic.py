@@ -18,6 +18,7 @@ from septet.serve.anthropic_call import COUNT_SCHEMA, MESSAGES_SCHEMA, parse_cou
 from septet.serve.anthropic_shape import Answer
 from septet.serve.body import body_of
 from septet.serve.context import current
+from septet.serve.defaults import with_defaults
 from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import error_body, headers_of, status_of
 from septet.serve.generation import generate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from septet.serve.anthropic_call import Conversation, MessagesCall
     from septet.serve.anthropic_shape import StreamEvent
     from septet.serve.app import Service
+    from septet.serve.defaults import Names
     from septet.serve.generation import Numbered
     from septet.serve.models import ModelCard
     from septet.session.session import Prompt, Session
@@ -40,6 +42,7 @@ __all__ = ["ANTHROPIC"]
 
 PING_S = 5.0
 """A stream that is silent for so long gets a ping; one that has not begun by then begins, whatever comes of it."""
+_NAMES: Names = {"temperature": ("temperature",), "top_p": ("top_p",), "top_k": ("top_k",), "stop": ("stop_sequences",)}
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -83,7 +86,7 @@ async def _json(reply: Reply, body: Any) -> None:
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 async def messages(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_messages(await body_of(service, scope, receive))
+    call = with_defaults(service, await body_of(service, scope, receive), _NAMES, parse_messages)
     await until_gone(receive, _answer(service, call, reply))
 
 

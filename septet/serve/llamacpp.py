@@ -16,11 +16,12 @@ import septet
 from septet.errors import EngineDead, InvalidRequest
 from septet.serve.body import body_of
 from septet.serve.calls import parse_chat
+from septet.serve.defaults import with_defaults
 from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import HttpError, error_body, headers_of, status_of
 from septet.serve.fields import CHAT, MESSAGES, Fields, schema_of, table
 from septet.serve.generation import generate, vectors
-from septet.serve.llamacpp_call import COMPLETION_SCHEMA, DEFAULTS, parse_completion
+from septet.serve.llamacpp_call import COMPLETION_SCHEMA, DEFAULTED, DEFAULTS, parse_completion
 from septet.serve.llamacpp_shape import Completion, chosen_fields
 from septet.serve.models import default_card
 from septet.serve.operations import ready
@@ -73,7 +74,7 @@ def _no(what: str) -> HttpError:
 
 # -- completion -------------------------------------------------------------------------------------------------------
 async def completion(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_completion(await body_of(service, scope, receive))
+    call = with_defaults(service, await body_of(service, scope, receive), DEFAULTED, parse_completion)
     await until_gone(receive, _answer(service, call, reply))
 
 

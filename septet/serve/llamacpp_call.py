@@ -12,15 +12,17 @@ from typing import Any
 
 from septet.errors import InvalidRequest
 from septet.request import MAX_LOGIT_BIAS, SamplingParams
+from septet.serve.defaults import OPENAI_NAMES
 from septet.serve.fields import Fields, only, schema_of, table
 from septet.structured import Structured
 
-__all__ = ["COMPLETION_SCHEMA", "DEFAULTS", "CompletionCall", "Piece", "parse_completion"]
+__all__ = ["COMPLETION_SCHEMA", "DEFAULTED", "DEFAULTS", "CompletionCall", "Piece", "parse_completion"]
 
 Piece = str | int  # of a prompt: text, or a token
 MAX_PROMPTS = 128
 MAX_CHOICES = 1024  # prompts of one request times n_cmpl
 DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
+DEFAULTED = {**OPENAI_NAMES, "repetition_penalty": ("repeat_penalty",), "max_tokens": ("n_predict", "max_tokens")}
 _NAMES = {
     "n_cmpl": "n",
     "n_predict": "max_tokens",

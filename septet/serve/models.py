@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,6 +116,8 @@ class FixedModels:
     def find(self, name: str | None) -> LocalModel:
         if name is not None and name not in self.names and name.removesuffix(":latest") not in self.names:
             raise not_found(name, self.names)
+        if self.session.origin is not None:
+            return replace(self.session.origin, name=name or self.names[0])
         path = Path(self.session.client.info.model)
         n_bytes = path.stat().st_size if path.is_file() else 0
         return LocalModel(name=name or self.names[0], path=path, source="local", n_bytes=n_bytes)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from septet.serve import openai_batches, openai_embeddings, openai_files, openai_tokens
 from septet.serve.body import body_of
 from septet.serve.calls import ChatCall, CompletionCall, parse_chat, parse_completion
+from septet.serve.defaults import OPENAI_NAMES, with_defaults
 from septet.serve.dialect import Dialect
 from septet.serve.fields import CHAT, COMPLETION, MESSAGES, PROMPT, schema_of
 from septet.serve.generation import generate
@@ -58,12 +59,12 @@ def _card(card: ModelCard) -> dict[str, Any]:
 
 # -- generation -------------------------------------------------------------------------------------------------------
 async def chat(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_chat(await body_of(service, scope, receive))
+    call = with_defaults(service, await body_of(service, scope, receive), OPENAI_NAMES, parse_chat)
     await _tell(service, call, _chat_shape, receive, reply)
 
 
 async def completions(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_completion(await body_of(service, scope, receive))
+    call = with_defaults(service, await body_of(service, scope, receive), OPENAI_NAMES, parse_completion)
     await _tell(service, call, _completion_shape, receive, reply)
 
 
@@ -134,11 +135,12 @@ async def _stream(events: AsyncGenerator[Numbered, None], shape: Shape, reply: R
 
 # -- for batches ------------------------------------------------------------------------------------------------------
 async def _whole_chat(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    return await _answer(service, parse_chat(body), _chat_shape, None)
+    return await _answer(service, with_defaults(service, body, OPENAI_NAMES, parse_chat), _chat_shape, None)
 
 
 async def _whole_completion(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    return await _answer(service, parse_completion(body), _completion_shape, None)
+    call = with_defaults(service, body, OPENAI_NAMES, parse_completion)
+    return await _answer(service, call, _completion_shape, None)
 
 
 async def _whole_embeddings(service: Service, body: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.serve.body import body_of
+from septet.serve.defaults import OPENAI_NAMES, defaults_of, filled
 from septet.serve.dialect import Dialect, ErrorStyle
 from septet.serve.errors import ClientGone, HttpError, error_body
 from septet.serve.generation import generate
@@ -53,6 +54,9 @@ async def responses_answer(service: Service, body: dict[str, Any]) -> dict[str, 
     return answer.body
 
 
+RESPONSES_NAMES = {**OPENAI_NAMES, "max_tokens": ("max_output_tokens",)}
+
+
 async def count_input(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     """How many tokens a request's input has."""
     call = _parsed(service, await body_of(service, scope, receive))
@@ -70,6 +74,7 @@ def _parsed(service: Service, body: dict[str, Any]) -> ResponsesCall:
                 404, error.message, code="previous_response_not_found", param="previous_response_id"
             ) from None
 
+    body, _ = filled(body, defaults_of(service, body.get("model")), RESPONSES_NAMES)
     return parse_responses(body, earlier)
 
 

@@ -14,13 +14,21 @@ import septet
 from septet.errors import EngineDead
 from septet.request import SamplingParams
 from septet.serve.body import body_of
+from septet.serve.defaults import with_defaults
 from septet.serve.dialect import Claim, Dialect
 from septet.serve.errors import HttpError
 from septet.serve.fields import PROMPT, Fields, schema_of
 from septet.serve.generation import generate as generated
 from septet.serve.generation import vectors
 from septet.serve.models import default_card
-from septet.serve.sglang_call import ENCODE, GENERATE_SCHEMA, parse_generate, prompts_of
+from septet.serve.sglang_call import (
+    ENCODE,
+    GENERATE_SCHEMA,
+    SAMPLING_NAMES,
+    parse_generate,
+    prompts_of,
+    within_sampling,
+)
 from septet.serve.sglang_shape import Output
 from septet.serve.sse import until_gone
 
@@ -41,7 +49,8 @@ HEALTH_S = 20.0  # for the token of /health_generate, as SGLang's
 
 # -- generation -------------------------------------------------------------------------------------------------------
 async def generate(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_generate(await body_of(service, scope, receive))
+    body = await body_of(service, scope, receive)
+    call = with_defaults(service, body, SAMPLING_NAMES, parse_generate, within_sampling)
     await until_gone(receive, _answer(service, call, reply))
 
 

@@ -12,13 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
+from septet.serve.defaults import OPENAI_NAMES, filled
 from septet.serve.fields import PROMPT, Fields, only, schema_of, table
 from septet.structured import Structured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ENCODE", "GENERATE_SCHEMA", "GenerateCall", "parse_generate", "prompts_of"]
+    from septet.serve.defaults import Names
+
+__all__ = [
+    "ENCODE",
+    "GENERATE_SCHEMA",
+    "SAMPLING_NAMES",
+    "GenerateCall",
+    "parse_generate",
+    "prompts_of",
+    "within_sampling",
+]
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 1024  # prompts of one request times n
@@ -110,6 +121,21 @@ def parse_generate(body: dict[str, Any]) -> GenerateCall:
         priority=fields.integer("priority", 0),
         cache_salt=fields.string("extra_key", ""),
     )
+
+
+SAMPLING_NAMES: Names = {**OPENAI_NAMES, "max_tokens": ("max_new_tokens",), "seed": ("sampling_seed", "seed")}
+
+
+def within_sampling(
+    body: dict[str, Any], values: dict[str, Any], names: Names
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `defaults.filled`, in `sampling_params`: one, or one for each prompt. What is odd is left to the parser."""
+    given = body.get("sampling_params") or {}
+    several = given if isinstance(given, list) else [given]
+    if not all(isinstance(one, dict) for one in several):
+        return body, {}
+    settings = [filled(one, values, names)[0] for one in several]
+    return {**body, "sampling_params": settings if isinstance(given, list) else settings[0]}, {}
 
 
 def prompts_of(fields: Fields) -> tuple[list[str | list[int]], bool]:

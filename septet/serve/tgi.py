@@ -10,6 +10,7 @@ import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import septet
@@ -17,13 +18,14 @@ from septet.errors import EngineDead, InvalidRequest, ModelNotFound, Overloaded
 from septet.request import MAX_STOP
 from septet.serve.body import body_of
 from septet.serve.calls import parse_chat
+from septet.serve.defaults import with_defaults
 from septet.serve.dialect import Claim, Dialect, ErrorStyle
 from septet.serve.errors import HttpError, error_body, headers_of
 from septet.serve.fields import CHAT, MESSAGES, schema_of
 from septet.serve.generation import generate
 from septet.serve.models import default_card
 from septet.serve.sse import until_gone
-from septet.serve.tgi_call import GENERATE_SCHEMA, MAX_BEST_OF, parse_generate
+from septet.serve.tgi_call import DEFAULTED, GENERATE_SCHEMA, MAX_BEST_OF, parse_generate, within_parameters
 from septet.serve.tgi_shape import Answer, simple_tokens
 
 if TYPE_CHECKING:
@@ -104,19 +106,24 @@ class _Clock:
 
 
 async def generate_whole(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_generate(await body_of(service, scope, receive), stream=False)
+    call = await _generate_call(service, scope, receive, stream=False)
     await until_gone(receive, _answer(service, call, reply))
 
 
 async def generate_stream(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    call = parse_generate(await body_of(service, scope, receive), stream=True)
+    call = await _generate_call(service, scope, receive, stream=True)
     await until_gone(receive, _answer(service, call, reply))
 
 
 async def compatible(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     """POST /: one or the other by the body's `stream`; the whole answer in an array."""
-    call = parse_generate(await body_of(service, scope, receive), stream=None)
+    call = await _generate_call(service, scope, receive, stream=None)
     await until_gone(receive, _answer(service, call, reply, in_array=True))
+
+
+async def _generate_call(service: Service, scope: Scope, receive: Receive, *, stream: bool | None) -> GenerateCall:
+    body = await body_of(service, scope, receive)
+    return with_defaults(service, body, DEFAULTED, partial(parse_generate, stream=stream), within_parameters)
 
 
 async def _answer(service: Service, call: GenerateCall, reply: Reply, *, in_array: bool = False) -> None:

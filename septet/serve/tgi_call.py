@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
 from septet.request import MAX_LOGPROBS, SamplingParams
+from septet.serve.defaults import filled
 from septet.serve.fields import Fields, only, schema_of, table
 from septet.structured import Structured
 
-__all__ = ["GENERATE_SCHEMA", "MAX_BEST_OF", "GenerateCall", "parse_generate"]
+if TYPE_CHECKING:
+    from septet.serve.defaults import Names
+
+__all__ = ["DEFAULTED", "GENERATE_SCHEMA", "MAX_BEST_OF", "GenerateCall", "parse_generate", "within_parameters"]
 
 MAX_BEST_OF = 8
 PARAMETERS = table(
@@ -86,6 +90,29 @@ def parse_generate(body: dict[str, Any], *, stream: bool | None) -> GenerateCall
         full_text=parameters.boolean("return_full_text", False),
         truncate=_truncate(parameters),
     )
+
+
+_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "stop")
+DEFAULTED: Names = {**{name: (name,) for name in _FIELDS}, "max_tokens": ("max_new_tokens",)}
+
+
+def within_parameters(
+    body: dict[str, Any], values: dict[str, Any], names: Names
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `defaults.filled`, in `parameters`. A temperature of 0 is TGI's greedy, which has no number for it.
+
+    A seed is no default here: every answer tells the one that it drew, and `best_of` goes with none.
+    """
+    given = body.get("parameters")
+    if given is not None and not isinstance(given, dict):
+        return body, {}
+    likeliest = values.get("temperature") == 0
+    off = {"seed"} | ({"temperature", "top_k", "top_p"} if likeliest else set())
+    off |= {"top_k"} if values.get("top_k", 1) < 1 else set()
+    kept = {name: value for name, value in values.items() if name not in off}
+    drawn = {"do_sample": True} if given is None and not likeliest else {}
+    added, rest = filled({**drawn, **(given or {})}, kept, names)
+    return {**body, "parameters": added}, rest
 
 
 def _sampled(parameters: Fields) -> bool:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from septet.engine.client import EngineClient
     from septet.engine.messages import EngineInfo, Update
     from septet.grammar.vocabulary import Vocabulary
+    from septet.hub.store import LocalModel
     from septet.session.events import Event
     from septet.session.reading import ReplyFormat, ReplyReader
     from septet.text.template import ChatTemplate
@@ -82,6 +83,7 @@ class Session:
         self.template = template
         self.model_name = model_name
         self.limits = limits
+        self.origin: LocalModel | None = None  # what it was started from, where that is known
         self.reply_format = reply_format  # None: answers are plain text whatever the reading says
         # A tokenizer may name ends that the model has no row for: they can't be sampled, and must not be masked.
         self._ends = tuple(token for token in tokenizer.eos_token_ids if token < limits.vocab_size)

@@ -17,7 +17,9 @@ from septet.session.session import Limits, Session
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from septet.engine.spawn import EngineProcess
     from septet.hub.modelfile import Recipe
+    from septet.hub.store import LocalModel
     from septet.text.template import ChatTemplate
     from septet.text.tokenizer import Tokenizer
 
@@ -43,6 +45,7 @@ async def start_session(
     *,
     served_name: str | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    engine: EngineProcess | None = None,
     tool_call_parser: str = "auto",
     reasoning_parser: str = "auto",
     **options: Any,
@@ -51,11 +54,27 @@ async def start_session(
 
     Raises ModelNotFound, ModelFileError, UnsupportedModel, OfflineError, OutOfMemory or EngineDead, each saying what to
     do. `on_phase` is told in words what is happening, for a spinner. `tool_call_parser`, `reasoning_parser`: a name of
-    `text/parsers/dialects.py`, "auto" = as the chat template shows, "none" = no reasoning is told apart.
+    `text/parsers/dialects.py`, "auto" = as the chat template shows, "none" = no reasoning is told apart. `engine`: a
+    process that was started ahead, this session's from here on.
     """
-    from septet.engine.client import ProcessClient
+    try:
+        local, config = await _found(model, on_phase, tool_call_parser, reasoning_parser, options)
+    except BaseException:
+        if engine is not None:
+            engine.discard()
+        raise
+    return await _over(local, config, engine, served_name, tool_call_parser, reasoning_parser)
+
+
+async def _found(
+    model: str,
+    on_phase: Callable[[str], None],
+    tool_call_parser: str,
+    reasoning_parser: str,
+    options: dict[str, Any],
+) -> tuple[LocalModel, EngineConfig]:
+    """The model's files, and what its engine is told."""
     from septet.hub.pull import resolve
-    from septet.session.reading import ReplyFormat
     from septet.text.parsers.dialects import dialect_of, reasoning_of
 
     dialect_of(None, tool_call_parser)  # a wrong name is told before anything is loaded
@@ -64,9 +83,24 @@ async def start_session(
     local = await asyncio.to_thread(resolve, model, progress=_fetching(on_phase))
     config = engine_config(str(local.path), options)
     on_phase(f"loading {local.name}")
+    return local, config
+
+
+async def _over(
+    local: LocalModel,
+    config: EngineConfig,
+    engine: EngineProcess | None,
+    served_name: str | None,
+    tool_call_parser: str,
+    reasoning_parser: str,
+) -> Session:
+    """Load the model in its engine and its text side here, at the same time."""
+    from septet.engine.client import ProcessClient
+    from septet.session.reading import ReplyFormat
+
     text = asyncio.create_task(asyncio.to_thread(_load_text, str(local.path)))
     try:
-        client = await ProcessClient.start(config)
+        client = await ProcessClient.start(config, process=engine)
     except BaseException:
         text.cancel()
         raise
@@ -83,11 +117,10 @@ async def start_session(
         reasoning_parser=reasoning_parser,
     )
     session = Session(client, tokenizer, template, served_name or local.name, limits, reply_format=reply_format)
-    return (
-        session
-        if local.recipe is None
-        else await _with_recipe(session, local.recipe, tool_call_parser, reasoning_parser)
-    )
+    if local.recipe is not None:
+        session = await _with_recipe(session, local.recipe, tool_call_parser, reasoning_parser)
+    session.origin = local
+    return session
 
 
 async def _with_recipe(session: Session, recipe: Recipe, tool_call_parser: str, reasoning_parser: str) -> Session:
