@@ -1,60 +1,61 @@
 """The real scheduler with a shortcut for simulations: steps in which nothing but the clock moves are taken at once.
 
 Used by `simulate.py`. While all running sequences decode and nobody can be admitted, one step is like the next: each
-row has a token and a slot more. `land` commits so many such steps together, and leaves the scheduler and its cache as
-so many turns of plan and commit would have (tests/unit/test_advisor_leap.py runs both).
+row has a token and a slot more. `leap` takes so many such steps, and leaves the scheduler and its cache as so many
+turns of plan and commit would have (tests/unit/test_advisor_leap.py runs both).
 """
 
 from __future__ import annotations
 
 from array import array
+from typing import NamedTuple
 
 from septet.engine.scheduler import Scheduler
 from septet.request import FinishReason
 
-__all__ = ["LeapingScheduler"]
+__all__ = ["Ahead", "LeapingScheduler"]
+
+
+class Ahead(NamedTuple):
+    steps: int
+    rows: int  # of each
+    context: int  # that the first of them reads, summed over rows
 
 
 class LeapingScheduler(Scheduler):
-    """For requests of one priority that stop at no token, with one step in flight."""
+    """For requests of one priority that stop at no token, with nothing in flight when it is asked."""
 
-    def ahead(self) -> int:
-        """After `plan`: how many more steps would be like the planned one if nothing came in between. -1: it is itself
-        not of this kind, and has to be committed."""
-        (draft,) = self._in_flight
-        n = len(draft.rows)
-        if self._tally.last_step_prefill_tokens or draft.joins or n != len(self._running):
-            return -1
-        for seq in draft.sequences:
-            if not seq.answered:
-                return -1
-        if self._waiting and self._free_rows and self._waiting[0] is not self._blocked:
-            return 0
-        left = min([seq.limit - seq.length for seq in draft.sequences])
-        return min(left, self.cache.available // n)
+    def ahead(self) -> Ahead | None:
+        """The next steps, up to the first that ends somebody, if nothing comes in between. None: not so simple."""
+        if not self._running or (self._waiting and self._free_rows and self._waiting[0] is not self._blocked):
+            return None
+        rows = len(self._running)
+        most, context = self.cache.available // rows, rows
+        for seq in self._running:
+            planned, length = seq.planned, seq.length
+            if planned + 1 != length or not seq.answered:
+                return None
+            context += planned
+            if seq.limit - length < most:
+                most = seq.limit - length
+        return Ahead(most, rows, context) if most else None
 
-    def land(self, more: int, token: int) -> list[str]:
-        """Commit the plan in flight and `more` like it, each row having drawn `token` each time: who has ended."""
-        draft = self._in_flight.popleft()
-        drawn, grow = array("i", [token]) * (more + 1), self.cache.grow
-        ending = []
-        for seq in draft.sequences:
-            if more:
-                assert seq.lease is not None
-                grow(seq.lease, more)
-                seq.planned += more
-                seq.length += more
-                seq.last_step += more
-            seq.in_flight -= 1
+    def leap(self, steps: int, token: int) -> list[str]:
+        """Take so many of these steps, every row drawing `token` in each: who has ended."""
+        drawn, grow, last = array("i", [token]) * steps, self.cache.grow, self._step + steps - 1
+        rows, ending = len(self._running), []
+        for seq in self._running:
+            assert seq.lease is not None
+            grow(seq.lease, steps)
             seq.tokens.extend(drawn)
-            seq.computed = seq.planned
+            seq.length += steps
+            seq.planned = seq.computed = seq.length - 1
+            seq.last_step = last
             if seq.length >= seq.limit:
                 ending.append(seq)
+        self._tally.decodes(steps, rows)
+        self._step += steps
         for seq in ending:
             self.estimate.finished(len(seq.tokens) - seq.n_prompt, seq.limit - seq.n_prompt)
             self._end(seq, FinishReason.LENGTH)
-        self._step += more
-        self._tally.steps += more
-        self._tally.computed_tokens += more * len(draft.rows)
-        self._tally.generated_tokens += (more + 1) * len(draft.rows)
         return [seq.request.id for seq in ending]

@@ -131,16 +131,16 @@ class SimulatedExecutor:
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One engine, and the steps under way: the planned one, and those that would follow it if nothing came."""
+    """One engine, and its steps under way: a planned one, or several that will follow each other if nothing comes."""
 
     rank: int  # which of those that end at the same time is first
     scheduler: LeapingScheduler
     executor: SimulatedExecutor
     open: int = 0  # requests
-    result: StepResult | None = None  # of the planned step; None: idle
+    busy: bool = False
+    result: StepResult | None = None  # of the step under way; None: of several that only decode
     took: list[float] = field(default_factory=list)  # seconds of each step under way
     ends: list[float] = field(default_factory=list)
-    alike: bool = False  # all of them only decode
     event: int = -1  # the number of the one that ends them
     busy_s: float = 0.0
 
@@ -243,39 +243,39 @@ class Simulation:
             served.refused = error.message
             return
         replica.open += 1
-        if replica.result is None:
+        if not replica.busy:
             self._start(replica)
         elif len(replica.ends) > 1:  # the step under way now is the last without it; arrivals come before ends
             self._cut(replica, (bisect_right if handed else bisect_left)(replica.ends, self.now) + 1)
 
     # -- steps --------------------------------------------------------------------------------------------------------
     def _start(self, replica: Replica) -> None:
-        plan = replica.scheduler.plan()
-        if plan is None:
-            replica.result = None
-            return
-        replica.result, work = replica.executor.run(plan)
-        seconds = self.fleet.step_model.step_s(work)
-        replica.took, replica.ends = [seconds], [self.now + seconds]
-        ahead = -1 if work.prefill or not self.leaps else replica.scheduler.ahead()
-        replica.alike = ahead >= 0
-        if ahead > 0:
-            self._look_ahead(replica, work, min(ahead, MOST_AHEAD))
-        self._await(replica)
+        ahead = replica.scheduler.ahead() if self.leaps else None
+        if ahead is not None:
+            replica.busy, replica.result = True, None
+            self._look_ahead(replica, *ahead)
+            self._await(replica)
+        elif (plan := replica.scheduler.plan()) is not None:
+            replica.result, work = replica.executor.run(plan)
+            seconds = self.fleet.step_model.step_s(work)
+            replica.busy, replica.took, replica.ends = True, [seconds], [self.now + seconds]
+            self._await(replica)
+        else:
+            replica.busy = False
 
-    def _look_ahead(self, replica: Replica, work: Work, ahead: int) -> None:
+    def _look_ahead(self, replica: Replica, steps: int, rows: int, context: int) -> None:
         """The steps that will follow if nobody comes: one more token of context for each row in each."""
-        rows, context, end = work.rows, work.context, replica.ends[0]
         until = self.next_arrival if len(self.replicas) == 1 else math.inf
-        step_s = self.fleet.step_model.step_s
-        for _ in range(ahead):
-            if end >= until:
-                return
-            context += rows
+        end, step_s, took, ends = self.now, self.fleet.step_model.step_s, [], []
+        for _ in range(min(steps, MOST_AHEAD)):
             seconds = step_s(Work(rows, context))
             end += seconds
-            replica.took.append(seconds)
-            replica.ends.append(end)
+            took.append(seconds)
+            ends.append(end)
+            if end >= until:
+                break
+            context += rows
+        replica.took, replica.ends = took, ends
 
     def _cut(self, replica: Replica, n: int) -> None:
         """Only `n` of the steps under way are to be taken."""
@@ -288,16 +288,14 @@ class Simulation:
         heapq.heappush(self.events, (replica.ends[-1], replica.rank, replica.event, replica))
 
     def _finish(self, replica: Replica) -> None:
-        result = replica.result
-        assert result is not None
         for seconds in replica.took:
             replica.busy_s += seconds
-        if replica.alike:
-            for name in replica.scheduler.land(len(replica.ends) - 1, TOKEN):
+        if replica.result is None:
+            for name in replica.scheduler.leap(len(replica.ends), TOKEN):
                 self._ended(replica, name)
         else:
             unanswered = self.unanswered
-            for update in replica.scheduler.commit(result):
+            for update in replica.scheduler.commit(replica.result):
                 if update.request in unanswered:
                     unanswered.remove(update.request)
                     self.requests[update.request][0].first = self.now

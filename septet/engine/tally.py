@@ -48,6 +48,15 @@ class Tally:
         self.kv_waste_sum += waste
         self.kv_waste_max = max(self.kv_waste_max, waste)
 
+    def decodes(self, steps: int, n_rows: int) -> None:
+        """So many steps alike were taken, each a token of `n_rows` rows, nothing unused (simulations)."""
+        self.steps += steps
+        self.computed_tokens += steps * n_rows
+        self.generated_tokens += steps * n_rows
+        self.last_step_rows = self.last_step_tokens = n_rows
+        self.last_step_prefill_tokens = 0
+        self.step_tokens[bisect_left(STEP_TOKENS, n_rows)] += steps
+
     def stats(self, cache: KVCache, running: int, waiting: int, unused: int) -> EngineStats:
         return EngineStats(
             running=running,
