@@ -42,7 +42,8 @@ __all__ = ["ANTHROPIC"]
 
 PING_S = 5.0
 """A stream that is silent for so long gets a ping; one that has not begun by then begins, whatever comes of it."""
-_NAMES: Names = {"temperature": ("temperature",), "top_p": ("top_p",), "top_k": ("top_k",), "stop": ("stop_sequences",)}
+_OURS = "temperature top_p top_k max_tokens"
+_NAMES: Names = {**{name: (name,) for name in _OURS.split()}, "stop": ("stop_sequences",)}
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
