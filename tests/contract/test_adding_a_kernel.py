@@ -25,6 +25,6 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_files_it_names_exist() -> None:
-    named = re.findall(r"(?:septet|tests)/[\w/]+(?:\.py|/)", PAGE)
-    assert len(named) >= 6
+    named = re.findall(r"(?:septet|tests|csrc)/[\w/]+(?:\.py|\.h|\.cpp|/)", PAGE)
+    assert len(named) >= 12
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -20,7 +20,7 @@ from septet.errors import InvalidRequest, UnsupportedModel
 from septet.geometry import BLOCKS
 from septet.kernels import ggml
 from septet.kernels.native.library import PATHS, Pool
-from septet.kernels.native.record import TapeOps
+from septet.kernels.native.record import Sym, TapeOps
 from septet.kernels.reference import ReferenceOps
 from septet.layers.build import Build
 from septet.models.registry import load_model
@@ -312,3 +312,7 @@ def test_what_cannot_be_recorded_is_said(library: Library) -> None:
     ops = TapeOps(library, Pool(library, 1), "portable")
     with pytest.raises(UnsupportedModel, match="reference"):
         ops.rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-5)
+    value = Sym("tokens", 4)
+    for unknown in (lambda: torch.tanh(value), lambda: value.float(), lambda: 2 * value, lambda: value[0]):
+        with pytest.raises(UnsupportedModel, match="has no node"):
+            unknown()

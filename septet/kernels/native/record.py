@@ -39,6 +39,21 @@ class Sym:
         """Activations of the tape are float32, whatever the weights are."""
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        """Torch's methods: an op that has no node computes on what is not there yet."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _unrecorded(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *_: Any) -> Any:
+        raise _unrecorded(func.__name__)
+
+    def __mul__(self, _other: Any) -> Any:
+        raise _unrecorded("arithmetic")
+
+    __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __getitem__ = __mul__
+
 
 @dataclass(eq=False, slots=True)
 class Node:
@@ -157,6 +172,12 @@ class TapeOps(ReferenceOps):
         self, q: Any, kv: LayerKV, layout: Layout, scale: float, window: int | None = None, soft_cap: float = 0.0
     ) -> Any:
         return self.note("attention", [q], "tokens", _known(q).width, scale=scale, window=window or 0, cap=soft_cap)
+
+
+def _unrecorded(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{name} on a value of the step can't be recorded: this op has no node; use kernels=reference"
+    )
 
 
 def _known(value: Any) -> Sym:
