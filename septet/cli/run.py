@@ -136,14 +136,22 @@ def _standard_input() -> str:
 # -- engine start -----------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def started(model: str, options: dict[str, Any]) -> AsyncIterator[Session]:
-    """A session for the block, started under a spinner and closed after it."""
-    from septet.cli.hub import fetch
-    from septet.session.start import start_session
+    """A session for the block, started under a spinner and closed after it. The engine's process comes first: it loads
+    its libraries while this one imports its own and finds the model."""
+    from septet.engine.spawn import EngineProcess
 
-    await asyncio.to_thread(fetch, model)
+    engine = EngineProcess.spawn(warm=True)
+    try:
+        from septet.cli.hub import fetch
+        from septet.session.start import start_session
+
+        await asyncio.to_thread(fetch, model)
+    except BaseException:
+        engine.discard()
+        raise
     begun = time.monotonic()
     with _spinner() as phase:
-        session = await start_session(model, on_phase=phase, **options)
+        session = await start_session(model, on_phase=phase, engine=engine, **options)
     if sys.stderr.isatty():
         click.echo(click.style(f"{session.model_name} ready in {time.monotonic() - begun:.1f} s", dim=True), err=True)
     try:

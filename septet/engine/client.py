@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from septet.config import EngineConfig
     from septet.engine.executor import Executor
     from septet.engine.grammars import Grammars
-    from septet.engine.process import EngineProcess
     from septet.engine.pulse import Pulse
     from septet.engine.scheduler import Scheduler
+    from septet.engine.spawn import EngineProcess
     from septet.engine.wire import Message
     from septet.grammar.vocabulary import Vocabulary
     from septet.request import Request
@@ -286,17 +286,18 @@ class ProcessClient(_Client):
         cls,
         config: EngineConfig,
         *,
+        process: EngineProcess | None = None,
         deadline_s: float = START_DEADLINE_S,
         on_death: Callable[[EngineDead], None] | None = None,
     ) -> ProcessClient:
-        """Start an engine and wait until it is ready.
+        """Start an engine, or give its configuration to `process`, and wait until it is ready.
 
         Raises what the engine raised while it loaded (ModelFileError, OutOfMemory, ...), EngineDead if it ended without
         a word or was not ready after `deadline_s`. `on_death` is called once if it dies later, not after `close`.
         """
-        from septet.engine.process import EngineProcess
+        from septet.engine.spawn import EngineProcess
 
-        client = cls(EngineProcess.spawn(), on_death)
+        client = cls(process or EngineProcess.spawn(), on_death)
         try:
             await client._connect(config)
             async with asyncio.timeout(deadline_s):

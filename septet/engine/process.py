@@ -1,8 +1,7 @@
-"""The engine as a process of its own: how a client starts it, what it does from its first frame to its exit code.
+"""The engine as a process of its own: what it does from its first frame to its exit code (`serve`, for `__main__`).
 
-Parent side: `EngineProcess` (used by `client.py`). Child side: `serve` (called by `__main__`). Both know each other's
-death as the end of the stream on an inherited socket pair, to which nobody else can connect. No torch here: the model
-comes in through a late import of `engine/build.py`, after the thread settings are in the environment.
+The parent's side is `spawn.py`. Both know each other's death as the end of the stream on an inherited socket pair, to
+which nobody else can connect. No torch here: the model comes in through a late import of `engine/build.py`.
 """
 
 from __future__ import annotations
@@ -13,101 +12,32 @@ import logging
 import os
 import select
 import signal
-import site
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import septet
 from septet.config import EngineConfig
 from septet.engine.loop import EngineLoop
 from septet.engine.messages import EngineInfo, Fatal, Shutdown
-from septet.engine.pulse import SharedPulse
 from septet.engine.wire import BlockingEnd, Disconnected, WireError
 from septet.errors import InvalidRequest, SeptetError
-from septet.machine import thread_env, usable_cpus
 
 if TYPE_CHECKING:
     from septet.engine.executor import Executor
     from septet.engine.grammars import Grammars
+    from septet.engine.pulse import SharedPulse
     from septet.engine.scheduler import Scheduler
 
-__all__ = ["Engine", "EngineProcess", "build_engine", "serve"]
+__all__ = ["Engine", "build_engine", "serve"]
 
 ECHO = "echo:"  # EngineConfig.model "echo:[VOCABULARY[:STEP_MS]]": no model, for tests and benchmarks of the engine
 PARENT_CHECK_MS = 2000
 PARENT_GRACE_S = 1.0
 
 log = logging.getLogger(__name__)
-
-
-# -- the parent's side ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class EngineProcess:
-    """A child process and our end of the socket pair. Whoever spawns it must `stop` it."""
-
-    popen: subprocess.Popen[bytes]
-    sock: socket.socket
-    pulse: SharedPulse
-
-    @classmethod
-    def spawn(cls) -> EngineProcess:
-        """Start `python -m septet.engine`; it waits for an EngineConfig as its first frame.
-
-        A process group of its own, so that the terminal's Ctrl-C reaches the parent alone, which decides.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pulse = SharedPulse.create()
-        fds = [theirs.fileno(), pulse.fd]
-        try:
-            popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "septet.engine", "--fd", str(fds[0]), "--pulse", str(fds[1])],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # stdout belongs to the parent's answers
-                pass_fds=fds,
-                env=_child_env(dict(os.environ)),
-                process_group=0,
-            )
-        except BaseException:
-            ours.close()
-            pulse.close()
-            raise
-        finally:
-            theirs.close()
-        return cls(popen, ours, pulse)
-
-    def exit_reason(self) -> str | None:
-        """How the process ended, for people; None while it runs."""
-        code = self.popen.poll()
-        if code is None:
-            return None
-        if code >= 0:
-            return f"it exited with code {code}"
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"it was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
-
-    def stop(self, grace_s: float) -> int:
-        """Wait for the exit, then SIGTERM, then SIGKILL, each after `grace_s`; returns the exit code. Blocks."""
-        for ask in (self.popen.terminate, self.popen.kill):
-            try:
-                return self.popen.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                ask()
-        return self.popen.wait()
-
-
-def _child_env(environ: dict[str, str]) -> dict[str, str]:
-    """The parent's environment with thread counts, and with this package importable where it is not installed."""
-    environ.update(thread_env(environ, usable_cpus()))
-    root = str(Path(septet.__file__).parent.parent)
-    if root not in site.getsitepackages():
-        environ["PYTHONPATH"] = os.pathsep.join(part for part in (environ.get("PYTHONPATH"), root) if part)
-    return environ
 
 
 # -- the child's side -------------------------------------------------------------------------------------------------
@@ -138,7 +68,8 @@ def build_engine(config: EngineConfig) -> Engine:
         from septet.engine.build import build_executor
         from septet.engine.grammars import Grammars
 
-        executor, info = build_executor(config)
+        with _header(config.model):
+            executor, info = build_executor(config)
         grammars = Grammars(info.vocab_size, config.max_waiting)
         executor.constrain(grammars, info.vocab_size)
     try:
@@ -153,6 +84,13 @@ def build_engine(config: EngineConfig) -> Engine:
     cache = KVCache(info.num_kv_slots + 1, enable_prefix=config.enable_prefix_caching)  # and the padding slot
     scheduler = Scheduler(limits, cache, info.vocab_size)
     return Engine(scheduler, executor, replace(info, pid=os.getpid()), grammars)
+
+
+def _header(model: str) -> contextlib.AbstractContextManager[object]:
+    """A GGUF file's header, parsed once for all who open it meanwhile."""
+    from septet.hub.gguf import GGUFFile
+
+    return contextlib.nullcontext() if Path(model).is_dir() else GGUFFile.open(model)
 
 
 def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
@@ -183,15 +121,25 @@ def _build_echo(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     return executor, info
 
 
-def serve(fd: int, pulse: SharedPulse | None = None) -> int:
-    """The engine process: configuration in, engine info out, then turns until the client leaves. The exit code."""
+def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> int:
+    """The engine process: configuration in, engine info out, then turns until the client leaves. The exit code.
+
+    `warm`: a model will be asked for, so what every model needs is imported while the configuration is on its way.
+    """
+    if warm:
+        threading.Thread(target=_warm, name="imports", daemon=True).start()
     loading = pulse.beat() if pulse is not None else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     sock = socket.socket(fileno=fd)
     end = BlockingEnd(sock)
     threading.Thread(target=_follow_parent, args=(sock, os.getppid()), name="parent", daemon=True).start()
     try:
-        engine = build_engine(_first_frame(end))
+        config = _first_frame(end)
+        if not config.model.startswith(ECHO):
+            import septet.engine.build  # noqa: F401
+        gc.freeze()  # modules are never garbage
+        gc.enable()  # as `__main__` has left it off
+        engine = build_engine(config)
         signal.signal(signal.SIGTERM, lambda *_: end.post(Shutdown()))
         end.send([engine.info])
     except Disconnected:
@@ -208,6 +156,12 @@ def serve(fd: int, pulse: SharedPulse | None = None) -> int:
         loading.set()
         pulse.beat(loop)
     return loop.run()
+
+
+def _warm() -> None:
+    """What fails here fails again, and is told, where it is needed."""
+    with contextlib.suppress(Exception):
+        import septet.engine.build  # noqa: F401
 
 
 def _first_frame(end: BlockingEnd) -> EngineConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -47,6 +46,8 @@ class SharedPulse:
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("septet-pulse")
         else:
+            import tempfile
+
             with tempfile.TemporaryFile() as file:
                 fd = os.dup(file.fileno())
         os.ftruncate(fd, _SIZE)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import stat
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakValueDictionary
 
 from septet.errors import ModelFileError, ModelNotFound, UnsupportedModel
 from septet.geometry import BLOCKS
 from septet.hub.facts import shown
-
-if TYPE_CHECKING:
-    import os
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -73,29 +72,45 @@ class TensorInfo:
     n_bytes: int  # 0 where Septet doesn't know the kind
 
 
+class _Header:
+    """What stands before the tensors' bytes."""
+
+    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+        cursor = _Cursor(name, mapping)
+        n_tensors, n_kv = _read_counts(cursor)
+        self.metadata: dict[str, Any] = _read_metadata(cursor, n_kv)
+        self.alignment = _alignment(name, self.metadata)
+        table = _read_table(cursor, n_tensors)
+        self.tensors: dict[str, TensorInfo] = _place(name, table, cursor.pos, self.alignment, len(mapping))
+
+
+_headers: WeakValueDictionary[tuple[int, ...], _Header] = WeakValueDictionary()
+"""Of the files that are open, by identity and time of change: a vocabulary takes a while to read. Never changed."""
+
+
 class GGUFFile:
     """An open file: `metadata` (arrays as lists), `tensors` by name, and `data` over a read-only mapping.
 
-    A context manager. Views that `data` gave out stay valid after `close`; the mapping ends with the last of them.
+    Both are for reading: whoever opens the file while it is open shares them. A context manager. Views that `data` gave
+    out stay valid after `close`; the mapping ends with the last of them.
     """
 
-    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+    def __init__(self, name: str, mapping: mmap.mmap, header: _Header | None = None) -> None:
         self.name = name  # of the file, without its directory: for messages
         self._map = mapping
-        header = _Cursor(name, mapping)
-        n_tensors, n_kv = _read_counts(header)
-        self.metadata: dict[str, Any] = _read_metadata(header, n_kv)
-        self.alignment = _alignment(name, self.metadata)
-        table = _read_table(header, n_tensors)
-        self.tensors: dict[str, TensorInfo] = _place(name, table, header.pos, self.alignment, len(mapping))
+        header = header or _Header(name, mapping)
+        self.metadata, self.tensors, self.alignment = header.metadata, header.tensors, header.alignment
+        self._header: _Header | None = header
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
         """Map and parse the header. ModelNotFound: no such file; ModelFileError: not a sound GGUF file."""
         path = Path(path)
-        mapping = _map_file(path)
+        mapping, identity = _map_file(path)
         try:
-            return cls(path.name, mapping)
+            header = _headers.get(identity) or _Header(path.name, mapping)
+            _headers[identity] = header
+            return cls(path.name, mapping, header)
         except BaseException:
             mapping.close()
             raise
@@ -110,6 +125,7 @@ class GGUFFile:
         return memoryview(self._map)[info.offset : info.offset + info.n_bytes]
 
     def close(self) -> None:
+        self._header = None
         with contextlib.suppress(BufferError):  # views are alive: the mapping ends with the last of them
             self._map.close()
 
@@ -120,7 +136,8 @@ class GGUFFile:
         self.close()
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """-> (mapping, which file in which state)"""
     try:
         info = path.stat()  # before opening: a pipe would block, a device might never end
         if not stat.S_ISREG(info.st_mode):
@@ -128,7 +145,9 @@ def _map_file(path: Path) -> mmap.mmap:
         if info.st_size < 24:
             raise ModelFileError(f"{path.name} is not a GGUF file: {info.st_size} bytes are less than its header")
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            now = os.fstat(file.fileno())
+            identity = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), identity
     except FileNotFoundError:
         raise ModelNotFound(f"no such file: {path.name}") from None
     except (OSError, ValueError) as error:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from septet.config import EngineConfig
-from septet.engine import process
+from septet.engine import spawn
 from septet.engine.client import ProcessClient
-from septet.engine.process import EngineProcess
+from septet.engine.spawn import EngineProcess
 from septet.errors import EngineDead, InvalidRequest, ModelNotFound, SeptetError
 from septet.request import Request, SamplingParams
+from septet.session.start import start_session
 
 if TYPE_CHECKING:
     from septet.engine.messages import Update
@@ -55,7 +56,7 @@ def child(monkeypatch):
             started.append(real([sys.executable, "-c", script, "--fd", fd], **options))
             return started[-1]
 
-        monkeypatch.setattr(process.subprocess, "Popen", popen)
+        monkeypatch.setattr(spawn.subprocess, "Popen", popen)
         return started
 
     yield replace
@@ -286,18 +287,54 @@ def test_a_slow_reader_costs_one_merged_update(child):
 
 # -- the child's environment ------------------------------------------------------------------------------------------
 def test_the_child_gets_thread_counts_and_the_users_choice_stays():
-    env = process._child_env({"OMP_NUM_THREADS": "7"})
+    env = spawn._child_env({"OMP_NUM_THREADS": "7"})
     assert env["OMP_NUM_THREADS"] == "7"
     assert int(env["MKL_NUM_THREADS"]) >= 1
 
 
 def test_the_child_finds_this_package_from_any_directory(tmp_path):
     code = "import septet; print(septet.__file__)"
-    env = process._child_env({"PATH": os.environ["PATH"]})
+    env = spawn._child_env({"PATH": os.environ["PATH"]})
     (tmp_path / "septet").mkdir()
     (tmp_path / "septet" / "__init__.py").write_text("raise SystemExit('the wrong one')")
     out = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert out.stdout.strip() == process.septet.__file__
+    assert out.stdout.strip() == spawn.septet.__file__
+
+
+def test_one_that_nobody_takes_leaves_nothing():
+    engine = EngineProcess.spawn(warm=True)
+    engine.discard()
+    assert engine.popen.returncode == -signal.SIGKILL
+    assert engine.sock.fileno() == -1
+    with pytest.raises(ValueError, match="closed"):
+        engine.pulse.read()
+
+
+@pytest.mark.parametrize("wrong", [{"tool_call_parser": "nobody's"}, {"no_such_option": 1}])
+def test_one_that_was_started_ahead_ends_with_a_session_that_never_begins(wrong, tmp_path):
+    class Ahead:
+        discarded = False
+
+        def discard(self):
+            self.discarded = True
+
+    model = tmp_path / "empty.gguf"
+    model.write_bytes(b"GGUF")
+    engine = Ahead()
+    with pytest.raises(SeptetError):
+        go(start_session(str(model), engine=engine, **wrong))
+    assert engine.discarded
+
+
+def test_one_that_was_started_ahead_takes_the_configuration():
+    async def main():
+        engine = EngineProcess.spawn()
+        client = await ProcessClient.start(EngineConfig(model="echo:77"), process=engine)
+        assert (client.info.vocab_size, client.info.pid) == (77, engine.popen.pid)
+        await client.close()
+        assert engine.popen.returncode == 0
+
+    go(main())
 
 
 def test_exit_reasons():

@@ -111,6 +111,21 @@ def test_views_outlive_the_file(sound: Path) -> None:
     assert view[:4] == b"\0\0\0\0"
 
 
+def test_a_header_is_parsed_once_for_all_who_have_the_file_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(build([u32("a", 1)], []))
+    with GGUFFile.open(path) as first, GGUFFile.open(path) as second:
+        assert second.metadata is first.metadata
+        assert second.tensors is first.tensors
+        path.with_suffix(".new").write_bytes(build([u32("a", 2)], []))
+        path.with_suffix(".new").replace(path)
+        with GGUFFile.open(path) as changed:
+            assert (first.metadata["a"], changed.metadata["a"]) == (1, 2)
+    assert not reader._headers
+    with GGUFFile.open(path) as again:
+        assert again.metadata == {"a": 2}
+
+
 def test_block_table_agrees_with_the_gguf_package() -> None:
     sizes = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
     assert {name: sizes[name] for name in BLOCKS} == BLOCKS
