@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from septet.errors import OutOfMemory
-from septet.kernels.native.library import PATHS, signature
+from septet.kernels.native.library import PATHS, NativeUnavailable, signature
 from septet.kernels.reference import ReferenceOps, mask_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from septet.kernels.native.library import Library, Pool
+    from septet.kernels.native.library import Library, Pool
 
 __all__ = ["NativeOps"]
 
@@ -62,7 +62,8 @@ class NativeOps(ReferenceOps):
     def argmax(self, logits: Tensor) -> Tensor:
         logits, out = logits.float().contiguous(), torch.empty(len(logits), dtype=torch.int64)
         n, vocab = logits.shape
-        self._library.septet_argmax(self._pool.handle, self._path, logits.data_ptr(), n, vocab, vocab, out.data_ptr())
+        where = logits.data_ptr(), n, vocab, vocab, out.data_ptr()
+        self._check(self._library.septet_argmax(self._pool.handle, self._path, *where))
         return out
 
     def gumbel_argmax(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -70,5 +71,10 @@ class NativeOps(ReferenceOps):
         n, vocab = logits.shape
         temperature, seeds, positions = temperature.float().contiguous(), seeds.contiguous(), positions.contiguous()
         rows = (temperature.data_ptr(), seeds.data_ptr(), positions.data_ptr(), out.data_ptr())
-        self._library.septet_gumbel(self._pool.handle, self._path, logits.data_ptr(), n, vocab, vocab, *rows)
+        where = logits.data_ptr(), n, vocab, vocab
+        self._check(self._library.septet_gumbel(self._pool.handle, self._path, *where, *rows))
         return out
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise NativeUnavailable(f"this CPU lacks path {PATHS[self._path]}")

@@ -88,7 +88,7 @@ class TapeOps(ReferenceOps):
         self.packer = Packer(library, pool, path)
         self.nodes: list[Node] = []
         self.layers: Sequence[LayerKV] = ()
-        self.packed: dict[tuple[int, str], PackedMatrix] = {}
+        self.packed: dict[tuple[int, torch.Size, str], tuple[Tensor, PackedMatrix]] = {}
 
     # -- notes --------------------------------------------------------------------------------------------------------
     def note(self, op: str, inputs: Sequence[Sym], domain: str, *widths: int, **args: Any) -> Any:
@@ -98,11 +98,15 @@ class TapeOps(ReferenceOps):
         return outputs[0] if len(outputs) == 1 else outputs
 
     def weight(self, tensor: Tensor, kind: str) -> PackedMatrix:
-        """The packed copy of GGUF blocks, or of a dense matrix (kind ""): one, however often it is met."""
-        key = (tensor.data_ptr(), kind)
+        """The packed copy of GGUF blocks, or of a dense matrix (kind ""): one, however often it is met.
+
+        The tensor is held as long as these ops, so that no other one can come to lie at its address.
+        """
+        key = (tensor.data_ptr(), tensor.shape, kind)
         if key not in self.packed:
-            self.packed[key] = self.packer.pack(tensor.contiguous(), kind) if kind else self.packer.pack_dense(tensor)
-        return self.packed[key]
+            packed = self.packer.pack(tensor.contiguous(), kind) if kind else self.packer.pack_dense(tensor)
+            self.packed[key] = (tensor, packed)
+        return self.packed[key][1]
 
     def _product(self, x: Any, packed: PackedMatrix, bias: Tensor | None) -> Any:
         x = _known(x)
