@@ -7,7 +7,8 @@ Each round runs the sides on each file, alternating who goes first, each in a pr
 medians over rounds. The share of the limit is the bytes of weights that one stream reads per second over the probe
 beside it, and others' CPU the share of the machine that other programs took meanwhile: figures of a busy machine say
 little, least of all of spinning threads. Files in other block types are made from the catalogue's by llama.cpp's
-quantiser (speed tests only). vLLM reads no such files: it runs a dense model of the same shape (bf16, or float32 where
+quantiser (speed tests only). A start is timed until its process has ended; beside Septet's stands a bare `import torch`
+of the same minute. vLLM reads no such files: it runs a dense model of the same shape (bf16, or float32 where
 the CPU has no bf16). `--add` adds rounds to those that PATH holds.
 """
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TITLES = {"tg128": "one stream", "pp512": "prefill 512", "b8": "8 streams", "b32": "32 streams"}
-COLD = "start to first token, s"
+STARTS = {"cold_s": "start to first token, s", "torch_s": "of which `import torch` alone, s"}
 FILES = {
     "smollm2 Q4_1": ("smollm2", None),
     "smollm2 Q4_0": ("smollm2", "Q4_0"),
@@ -146,7 +147,7 @@ def checkpoint(source: Path, folder: Path) -> Path:
 def figures_of(side: str, path: Path, peers: Peers, folder: Path) -> dict[str, float]:
     """One process: the workloads. For the default model the time from start to first token as well."""
     if side == "vllm_cpu":
-        return run_json([peers.vllm_cpu, str(HERE / "cpu_vllm.py"), str(checkpoint(path, folder))])
+        return run_json([peers.vllm_cpu, str(HERE / "cpu_vllm.py"), str(checkpoint(path, folder)), "--repeat", "2"])
     if side == "llama_cpp":
         command = [peers.llama_cpp, str(HERE / "cpu_llama_cpp.py"), str(path), "--repeat", "2"]
         first = [*command, "--first"]
@@ -158,6 +159,8 @@ def figures_of(side: str, path: Path, peers: Peers, folder: Path) -> dict[str, f
     figures = {name: value for name, value in run_json(command).items() if name in TITLES}
     if "smollm2" in path.name.lower():
         figures["cold_s"] = seconds_of(first)
+        if side == "septet":
+            figures["torch_s"] = seconds_of([sys.executable, "-c", "import torch"])
     return figures
 
 
@@ -196,7 +199,7 @@ def table(entries: dict[str, Entry]) -> str:
     ]
     vllm = entries.get(VLLM_MODEL, Entry(0))
     for label, entry in entries.items():
-        for name, title in {**TITLES, "cold_s": COLD}.items():
+        for name, title in {**TITLES, **STARTS}.items():
             ours, theirs = entry.median("septet", name), entry.median("llama_cpp", name)
             if ours is None:
                 continue
@@ -217,7 +220,7 @@ def _ratio(ours: float, theirs: float | None, figure: str) -> str:
     """How many times better Septet is: in speed, or in time where less is better."""
     if not theirs:
         return "-"
-    return f"{theirs / ours if figure == 'cold_s' else ours / theirs:.2f}x"
+    return f"{theirs / ours if figure in STARTS else ours / theirs:.2f}x"
 
 
 def read(path: Path | None) -> tuple[dict[str, Entry], list[dict[str, Any]]]:

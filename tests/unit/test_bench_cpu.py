@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def test_rounds_add_up_and_the_table_shows_medians(tmp_path: Path) -> None:
     entry = Entry(n_bytes=100_000_000, probe_gb_s=[20.0, 30.0, 40.0], others=[0.0, 0.5, 0.1])
     for rate in (100.0, 300.0, 210.0):
-        entry.note("septet", {"tg128": rate, "cold_s": 1.0})
+        entry.note("septet", {"tg128": rate, "cold_s": 1.0, "torch_s": 0.75})
         entry.note("llama_cpp", {"tg128": rate / 3, "cold_s": 0.5})
     entry.note("vllm_cpu", {"tg128": 21.0, "cold_s": 60.0})
     path = tmp_path / "table.json"
@@ -32,9 +32,10 @@ def test_rounds_add_up_and_the_table_shows_medians(tmp_path: Path) -> None:
     assert entries == {"smollm2 Q4_1": entry}
     assert runs == [{"commit": "abc"}]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(entries).splitlines()[2:]]
-    speed, cold = rows
+    speed, cold, torch = rows
     assert speed[2:] == ["210", "70", "3.00x", "21", "10.00x", "70% of 30 GB/s", "10%"]
     assert cold[2:] == ["1.00", "0.50", "0.50x", "60", "60.00x", "", ""]
+    assert torch[2:] == ["0.75", "-", "-", "-", "-", "", ""]
 
 
 def test_what_the_server_costs_is_the_median_of_the_rounds() -> None:
