@@ -17,8 +17,11 @@ def key() -> None:
 @click.option("--requests-per-minute", type=click.IntRange(min=0), default=0, help="0: no limit.")
 @click.option("--tokens-per-minute", type=click.IntRange(min=0), default=0, help="Prompt and output. 0: no limit.")
 @click.option("--max-concurrent", type=click.IntRange(min=0), default=0, help="Requests under way. 0: no limit.")
+@click.option("--role", type=click.Choice(["user", "admin"]), default="user", help="admin: may change models [user].")
 @click.option("--weight", type=click.FloatRange(0.01, 100), default=1.0, help="Share of a busy engine [1].")
-def new(name: str, requests_per_minute: int, tokens_per_minute: int, max_concurrent: int, weight: float) -> None:
+def new(
+    name: str, requests_per_minute: int, tokens_per_minute: int, max_concurrent: int, role: str, weight: float
+) -> None:
     """Make a key for NAME. It is shown once, on standard error; its hash goes to standard output:
 
     septet key new alice >> keys.toml
@@ -37,6 +40,8 @@ def new(name: str, requests_per_minute: int, tokens_per_minute: int, max_concurr
     ):
         if value:
             click.echo(f"{field} = {value}")
+    if role != "user":
+        click.echo(f'role = "{role}"')
     if weight != 1.0:
         click.echo(f"weight = {weight:g}")
     click.echo()

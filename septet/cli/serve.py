@@ -129,6 +129,8 @@ def serve(
     from septet.serve.guard import is_loopback
 
     server = take_server(options)
+    if manage and models:
+        raise InvalidRequest("--manage is for a server of the store: start it without naming a model", param="manage")
     many = Many(
         names=models,
         keep_alive_s=keep_alive,

@@ -17,7 +17,7 @@ from septet.serve.errors import HttpError
 if TYPE_CHECKING:
     from septet.serve.keys import Key
 
-__all__ = ["MAX_TIMEOUT_S", "Context", "current", "entered"]
+__all__ = ["MAX_TIMEOUT_S", "Context", "current", "entered", "may_manage"]
 
 MAX_TIMEOUT_S = 24 * 3600.0
 
@@ -62,3 +62,9 @@ def current() -> Context | None:
 def entered(context: Context) -> None:
     """From here on, in this task and those it starts."""
     _CURRENT.set(context)
+
+
+def may_manage() -> bool:
+    """Whether the key of this request may change models and unload them; where no keys are asked for, anybody may."""
+    context = current()
+    return context is None or context.key is None or context.key.manages

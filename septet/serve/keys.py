@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["Key", "Keys", "Unauthorized", "digest_of", "new_key"]
+__all__ = ["ROLES", "USER", "Key", "Keys", "Unauthorized", "digest_of", "new_key"]
 
 MAX_KEYS = 4096
 MAX_FILE_BYTES = 4 * 2**20
 MAX_KEY_CHARS = 512
+USER, ADMIN = ROLES = ("user", "admin")
 MIN_PLAIN_CHARS = 16  # of a key given as plain text: fewer can be guessed
 
 
@@ -46,6 +47,12 @@ class Key:
     requests_per_minute: int = 0
     tokens_per_minute: int = 0  # prompt and output
     max_concurrent: int = 0  # requests under way
+    role: str = USER
+
+    @property
+    def manages(self) -> bool:
+        """May its requests change the server's models, and say which stay loaded?"""
+        return self.role == ADMIN
 
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
@@ -163,4 +170,7 @@ def _key(path: Path, number: int, table: dict[str, Any]) -> Key:
     weight = table.get("weight", 1.0)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0.01 <= weight <= 100:
         raise wrong(f"({name}): weight must be between 0.01 and 100")
-    return Key(name=name, digest=bytes.fromhex(hexed), weight=float(weight), **limits)
+    role = table.get("role", USER)
+    if role not in ROLES:
+        raise wrong(f"({name}): role must be {' or '.join(ROLES)}")
+    return Key(name=name, digest=bytes.fromhex(hexed), weight=float(weight), role=role, **limits)

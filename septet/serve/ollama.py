@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest, Overloaded
 from septet.serve.body import body_of
+from septet.serve.context import may_manage
 from septet.serve.dialect import Dialect, ErrorStyle
 from septet.serve.errors import error_body, status_of
 from septet.serve.generation import generate, vectors
@@ -24,7 +25,7 @@ from septet.serve.ollama_call import (
     parse_embed,
     parse_generate,
 )
-from septet.serve.ollama_models import MODEL_ROUTES, MODEL_SCHEMAS, typed
+from septet.serve.ollama_models import MODEL_ROUTES, MODEL_SCHEMAS, check_key, typed
 from septet.serve.ollama_shape import Answer, Clock
 from septet.serve.sse import until_gone
 from septet.session.session import Prompt
@@ -71,15 +72,21 @@ async def chat(service: Service, scope: Scope, receive: Receive, reply: Reply) -
     await until_gone(receive, _answer(service, call, reply, clock))
 
 
+def _keep_alive(call: TextCall | EmbedCall) -> float | None:
+    """What stays loaded is everybody's business: of a key that may not manage models it is the server's setting."""
+    return call.keep_alive_s if may_manage() else None
+
+
 async def _answer(service: Service, call: GenerateCall | ChatCall, reply: Reply, clock: Clock) -> None:
     is_chat = not isinstance(call, GenerateCall)
     model = service.models.find(call.model)
     if call.empty and call.keep_alive_s == 0:
+        check_key()
         await service.models.unload(call.model)
         await reply.json(Answer(call.model, chat=is_chat, clock=clock).bare("unload"))
         return
     params = call.params(model.recipe)
-    async with service.models.use(call.model, keep_alive_s=call.keep_alive_s) as session:
+    async with service.models.use(call.model, keep_alive_s=_keep_alive(call)) as session:
         if call.empty:
             await reply.json(Answer(call.model, chat=is_chat, clock=clock).bare("load"))
             return
@@ -162,7 +169,7 @@ async def embed_one(service: Service, scope: Scope, receive: Receive, reply: Rep
 
 async def _embed(service: Service, call: EmbedCall, reply: Reply) -> None:
     clock = Clock()
-    async with service.models.use(call.model, keep_alive_s=call.keep_alive_s) as session:
+    async with service.models.use(call.model, keep_alive_s=_keep_alive(call)) as session:
         clock.mark_loaded()
         prompts = [await session.prompt(text) for text in call.inputs]
         made = [list(vector) for vector in await vectors(service, session, prompts, dimensions=call.dimensions)]

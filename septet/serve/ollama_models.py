@@ -23,6 +23,7 @@ from septet.hub.modelfile import Recipe, checked_recipe, parameter_lines, parse,
 from septet.hub.pull import canonical, pull
 from septet.hub.store import Store
 from septet.serve.body import body_of
+from septet.serve.context import may_manage
 from septet.serve.errors import ClientGone, HttpError
 from septet.serve.fields import Fields, only, schema_of, table
 from septet.serve.jobs import Job
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from septet.serve.service import Service
     from septet.serve.sse import Reply
 
-__all__ = ["MODEL_ROUTES", "MODEL_SCHEMAS", "ollama_name", "typed"]
+__all__ = ["MODEL_ROUTES", "MODEL_SCHEMAS", "check_key", "ollama_name", "typed"]
 
 API_LEVEL = "0.12.6"  # the Ollama whose API this follows: clients ask before they use a field
 FOR_EVER_S = 100 * 365 * 86400.0
@@ -99,8 +100,16 @@ def _name(fields: Fields) -> str:
 def _check_manages(service: Service) -> None:
     if not service.models.manages:
         raise HttpError(
-            403, "clients may not change this server's models; start it without a model on loopback, or with --manage"
+            403,
+            "clients may not change this server's models; start it without naming one (with --manage beyond loopback)",
         )
+    check_key()
+
+
+def check_key() -> None:
+    """Raises HttpError where the request's key may not manage models."""
+    if not may_manage():
+        raise HttpError(403, 'this API key may not manage models; a key with role = "admin" may', code="not_an_admin")
 
 
 # -- what is here -----------------------------------------------------------------------------------------------------
@@ -119,7 +128,10 @@ async def tags(service: Service, scope: Scope, receive: Receive, reply: Reply) -
 async def ps(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     listed = []
     for run in service.models.running():
-        model = service.models.find(run.name)
+        try:
+            model = service.models.find(run.name)
+        except ModelNotFound:  # removed, and in use until it is idle
+            continue
         found = await asyncio.to_thread(describe, model.path)
         left_s = FOR_EVER_S if run.left_s is None else min(run.left_s, FOR_EVER_S)
         on_gpu = run.session.client.info.device.startswith("cuda")

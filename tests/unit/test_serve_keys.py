@@ -260,3 +260,20 @@ def test_a_refusal_of_the_engine_is_not_charged_as_output() -> None:
 
 def test_digests_are_sha256() -> None:
     assert digest_of("abc") == hashlib.sha256(b"abc").digest()
+
+
+def test_roles_come_from_the_file_and_a_plain_key_is_no_admin(tmp_path: Path) -> None:
+    from septet.cli.keys import key as command
+
+    made = CliRunner().invoke(command, ["new", "root", "--role", "admin"])
+    file = tmp_path / "keys.toml"
+    file.write_text(made.stdout + CliRunner().invoke(command, ["new", "alice"]).stdout)
+    keys = Keys.load(file, ["a-plain-key-of-20-chars"])
+    assert [(name, keys.named(name).manages) for name in ("root", "alice", "key-1")] == [  # type: ignore[union-attr]
+        ("root", True),
+        ("alice", False),
+        ("key-1", False),
+    ]
+    file.write_text(made.stdout.replace('"admin"', '"owner"'))
+    with pytest.raises(InvalidRequest, match="role must be user or admin"):
+        Keys.load(file)

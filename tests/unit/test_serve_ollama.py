@@ -17,6 +17,7 @@ from septet.hub.store import FileEntry, Manifest, Store
 from septet.request import FinishReason
 from septet.serve.app import Service, Settings, create_app
 from septet.serve.jobs import MAX_JOBS, Job
+from septet.serve.keys import Key, Keys, digest_of, new_key
 from septet.serve.library import StoreShelf
 from septet.serve.ollama_call import _closed
 from septet.serve.pool import ModelPool, Need
@@ -399,13 +400,16 @@ class Here:
             request["json"] = body
         return ask(create_app(Service(pool, Settings())), method, path, **request)
 
-    def ask_twice(self, *asked: tuple[str, str, Any]) -> list[httpx.Response]:
+    def ask_twice(self, *asked: tuple[str, str, Any], keys: Keys | None = None, key: str = "") -> list[httpx.Response]:
         """One after the other, of one server."""
 
         async def go() -> list[httpx.Response]:
             pool = ModelPool(StoreShelf(), self.loader, budget=100, manages=True)
-            transport = httpx.ASGITransport(create_app(Service(pool, Settings())))
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as http:
+            transport = httpx.ASGITransport(create_app(Service(pool, Settings(), keys)))
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost:8000", headers=headers
+            ) as http:
                 told = [await http.request(method, path, json=body) for method, path, body in asked]
             await pool.close()
             return told
@@ -450,6 +454,50 @@ def test_create_copy_show_ask_delete(here: Here) -> None:
     assert not list((here.home / "blobs").iterdir())
     assert here.ask("DELETE", "/api/delete", {"model": "mario"}).status_code == 404
     assert here.ask("POST", CHAT, chat).status_code == 404
+
+
+BLOB = "/api/blobs/sha256:" + "0" * 64
+MANAGING: list[tuple[str, str, Any]] = [
+    ("POST", "/api/create", {"model": "x", "from": "base", "stream": False}),
+    ("POST", "/api/copy", {"source": "base", "destination": "y"}),
+    ("POST", "/api/pull", {"model": "no-such-model", "stream": False}),
+    ("HEAD", BLOB, None),
+    ("POST", BLOB, None),
+    ("POST", GENERATE, {"model": "base", "keep_alive": 0}),
+    ("POST", CHAT, {"model": "base", "messages": [], "keep_alive": 0}),
+    ("DELETE", "/api/delete", {"model": "base"}),
+]
+
+
+def test_only_an_admins_key_changes_models_and_unloads_them(here: Here) -> None:
+    user, admin = new_key(), new_key()
+    keys = Keys([Key(name="user", digest=digest_of(user)), Key(name="admin", digest=digest_of(admin), role="admin")])
+    told = here.ask_twice(*MANAGING, keys=keys, key=user)
+    assert [answer.status_code for answer in told] == [403] * len(MANAGING)
+    assert 'role = "admin"' in told[0].json()["error"]
+    assert here.names() == ["base:latest"]
+    keep: Any = {"model": "base", "prompt": "x", "stream": False, "keep_alive": -1}
+    asked = ("POST", GENERATE, keep), ("GET", "/api/ps", None)
+    answer, ps = here.ask_twice(*asked, keys=keys, key=user)
+    assert answer.status_code == 200
+    assert ps.json()["models"][0]["expires_at"] < "2100", "how long it stays is the server's setting"
+    _, ps = here.ask_twice(*asked, keys=keys, key=admin)
+    assert ps.json()["models"][0]["expires_at"] > "2100"
+    told = here.ask_twice(*MANAGING, keys=keys, key=admin)
+    assert [answer.status_code for answer in told] == [200, 200, 404, 404, 400, 200, 200, 200]
+    assert here.names() == ["x:latest", "y:latest"]
+
+
+def test_a_model_that_is_removed_while_it_is_loaded_hides_no_other(here: Here) -> None:
+    load: Any = {"prompt": "", "stream": False}
+    *_, ps = here.ask_twice(
+        ("POST", "/api/copy", {"source": "base", "destination": "gone"}),
+        ("POST", GENERATE, load | {"model": "gone"}),
+        ("POST", GENERATE, load | {"model": "base"}),
+        ("DELETE", "/api/delete", {"model": "gone"}),
+        ("GET", "/api/ps", None),
+    )
+    assert [model["name"] for model in ps.json()["models"]] == ["base:latest"]
 
 
 def test_a_created_model_goes_on_when_its_base_is_deleted(here: Here) -> None:
