@@ -71,8 +71,6 @@ class Rows:
             end_ids = tuple(dict.fromkeys((*join.eos_token_ids, *join.params.stop_token_ids)))
             self.info[join.row] = RowInfo(join.params, join.n_prompt, end_ids)
         params = [join.params for join in joins]
-        token_rows, token_at, tokens = _flat([(j.row, j.tokens) for j in joins])
-        slot_rows, slot_at, slots = _flat([(j.row, j.slots) for j in joins])
         sent = staging.send(
             [
                 np.array([j.row for j in joins], dtype=np.int64),
@@ -81,16 +79,18 @@ class Rows:
                 floats([p.min_p for p in params]),
                 np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
                 np.array([p.seed or 0 for p in params], dtype=np.int64),
-                *(token_rows, token_at, tokens, slot_rows, slot_at, slots),
+                *(np.array(part, dtype=np.int64) for join in joins for part in (join.tokens, join.slots)),
             ]
         )
-        rows, temperature, top_p, min_p, top_k, seed, *flat = sent
+        rows, temperature, top_p, min_p, top_k, seed, *prompts = sent
         self.temperature[rows] = temperature.view(torch.float64).float()
         self.top_p[rows] = top_p.view(torch.float64).float()
         self.min_p[rows] = min_p.view(torch.float64).float()
         self.top_k[rows], self.seed[rows] = top_k, seed
-        self.tokens[flat[0], flat[1]] = flat[2].int()
-        self.slot_of[flat[3], flat[4]] = flat[5].int()
+        for join, tokens, slots in zip(joins, prompts[::2], prompts[1::2], strict=True):
+            self.tokens[join.row, : len(tokens)] = tokens
+            if join.slots:
+                self.slot_of[join.row, : len(slots)] = slots
 
     def write(self, plan_rows: Sequence[PlanRow], staging: Staging) -> None:
         """Tokens that the host gives: forced ones, which nobody sampled."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -16,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from septet.kernels.triton import act, attention, decode, embed, gemv, norm, qkv, sample, skinny
-from septet.kernels.triton.tiles import choose
+from septet.kernels.triton.tiles import choose, decode_splits, decode_tile
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
@@ -54,11 +57,25 @@ def compile_one(fn: Any, const: dict[str, Any], num_warps: int, num_stages: int 
     ptx = kernel.asm["ptx"]
     return {
         "shared_bytes": kernel.metadata.shared,
+        **usage_of(kernel.asm["cubin"]),
+        "turns_ahead": any(int(n, 0) > 0 for n in re.findall(r"cp\.async\.wait_group\s+(\w+)", ptx)),
         "async_copies": len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
         "wide_loads": ptx.count("ld.global.v4.b32"),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
     }
+
+
+def usage_of(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of them that had to go to memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return {"registers": int(found[1]), "spilled_bytes": int(found[2])}
 
 
 def attention_of(n_tokens: int, n_rows: int, dim: int, window: bool = False, cap: bool = False) -> dict[str, Any]:
@@ -85,12 +102,13 @@ def skinny_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, 
 
 
 def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str, Any]:
-    splits = decode.splits_of(rows, 8, 8192, 132)
-    t = decode.tile_of(8 * rows * splits, 2 * dim, 132)
+    splits = decode_splits(rows, 8, 8192, 132)
+    t = decode_tile(8 * rows, 2 * dim, 132)
     const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": splits, "PARTS": parts, "BLOCK_M": 16, "BLOCK_N": t.block_n}
     const |= {
         "BLOCK_E": dim,
         "STAGES": t.num_stages,
+        "LEAST": t.least,
         "PRELOAD": t.preload,
         "AHEAD": rows == 1,
         "NORM": extras,
@@ -132,6 +150,7 @@ def main() -> None:
                 "skinny 64 rows, pair": skinny_of(8192, 2048, 64, act=True),
                 "decode 1 row": decode_of(1, 64, 1),
                 "decode 32 rows of parts": decode_of(32, 128, 4),
+                "decode 64 rows": decode_of(64, 128, 1),
                 "decode 128 rows, norms, window, cap": decode_of(128, 128, 1, extras=True),
                 "attention decode, 1 row": attention_of(1, 1, 64),
                 "attention decode, 64 rows": attention_of(64, 64, 128),

@@ -16,7 +16,8 @@ H, G, E, D, F, V = 8, 2, 64, 512, 512, 192
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
 LENGTHS = [[1], [300, 5, 129]] + ([[200], [33] * 17, [700] * 64] if ON_GPU else [])
-KINDS = [("silu", 4096), ("gelu", 1)] + ([("silu", 1), ("gelu", 4096)] if ON_GPU else [])
+KINDS = [("silu", 4096), ("gelu", 1)] + ([("silu", 1), ("gelu", 4096), ("gelu", 2), ("silu", 3)] if ON_GPU else [])
+CASES = [(lengths, *kind) for lengths in LENGTHS for kind in KINDS] + [([300, 5, 129], "silu", 3)]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning"),
@@ -65,10 +66,9 @@ def _says(name: str, message: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "n_sms"), KINDS)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+@pytest.mark.parametrize(("lengths", "kind", "n_sms"), CASES, ids=str)
 def test_a_layer_in_a_decode_step(seed: int, dtype: torch.dtype, kind: str, lengths: list[int], n_sms: int) -> None:
-    """n_sms 1: no context is split; 4,096: each is, as far as its length allows."""
+    """n_sms 1: no context is split; 4,096: each is, as far as its length allows; 3: those of more than 256 tokens."""
     ops = pytest.importorskip("septet.kernels.triton").TritonOps(n_sms=n_sms)
     got = layer(ops, Inputs(seed, DEVICE, dtype), lengths, kind)
     want = layer(ReferenceOps(), Inputs(seed, DEVICE, dtype), lengths, kind)

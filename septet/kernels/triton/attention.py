@@ -6,8 +6,11 @@ flash-decoding (several programs share one context when there are fewer tiles th
 token: the loop loads the slot ids of block_n positions, then gathers (block_n, E) of K and of V, E contiguous.
 
     rows of a tile:  m = token * ratio + head        token < BLOCK_Q, head < ratio = H / G; the rest idle
-    its context:     key_lo ... [lo ... hi) ... key_hi     [lo, hi) = this program's share, whole turns of BLOCK_N
-                     masked | seen by every row | masked   so that most turns need no mask
+    its context:     key_lo ... [lo ... hi) ... key_hi     [lo, hi) = this program's share, whole turns of BLOCK_N;
+                     masked | seen by every row | masked   scores are masked in the turns that some row sees in part
+
+The loop's pipeline has two loads in a chain, slots then K and V: from 5 stages on they are under way two turns ahead,
+with 3 or 4 they start when the turn before has ended (AssignLatencies.cpp of Triton: (stages - 1) / 2 turns each).
 """
 # mypy: allow-untyped-defs
 # (a kernel's parameters are device pointers and scalars, typed by the launch)
@@ -44,79 +47,71 @@ def _find_row(q_start_ptr, block, n_rows, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _visit(
-    acc, top, total, q, q_pos, k_ptr, v_ptr, slot_of_ptr, lo, hi, key_lo, key_hi, window, scale, cap, k_stride,
-    v_stride, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr,
+def _keys(
+    k_ptr, v_ptr, slot_of_ptr, start, last, e, k_stride, v_stride, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fold context positions lo .. hi - 1 into the softmax state acc (M, D), top (M,), total (M,), base 2.
+    """Keys and values (BLOCK_N, BLOCK_D) of positions start .. start + BLOCK_N - 1; those beyond `last` read `last`.
 
-    MASKED: positions outside of key_lo .. key_hi - 1 are not even loaded (their slots may hold anything), then each row
-    takes its own causal and windowed part. Otherwise every row sees every position of [lo, hi), whole turns.
+    What is read is always written, so that no element needs a mask, only the scores do.
     """
-    e = tl.arange(0, BLOCK_D)
-    for start in range(lo, hi, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            here = (n >= key_lo) & (n < key_hi)
-            slot = tl.load(slot_of_ptr + n, mask=here, other=0).to(tl.int64)
-            tile = here[:, None] & (e < E)[None, :]
-        else:
-            slot = tl.load(slot_of_ptr + n).to(tl.int64)
-            tile = (e < E)[None, :]
-        if MASKED or E != BLOCK_D:
-            k = tl.load(k_ptr + slot[:, None] * k_stride + e[None, :], mask=tile, other=0.0)
-            v = tl.load(v_ptr + slot[:, None] * v_stride + e[None, :], mask=tile, other=0.0)
-        else:
-            k = tl.load(k_ptr + slot[:, None] * k_stride + e[None, :])
-            v = tl.load(v_ptr + slot[:, None] * v_stride + e[None, :])
-        score = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee") * scale
-        if CAP:  # cap * tanh(score / cap) in base 2, which `scale` holds already; tanh(y) = 1 - 2 / (exp(2y) + 1)
-            score = cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(score * (2.0 / cap)) + 1.0))
-        if MASKED:
-            seen = here[None, :] & (n[None, :] <= q_pos[:, None]) & (n[None, :] > q_pos[:, None] - window)
-            score = tl.where(seen, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        # A row that has seen nothing yet keeps top = -inf; subtracting 0 instead gives weights of 0, not NaN.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weight = tl.exp2(score - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
-        top = new_top
-    return acc, top, total
+    slot = tl.load(slot_of_ptr + tl.minimum(start + tl.arange(0, BLOCK_N), last)).to(tl.int64)
+    k_at = k_ptr + slot[:, None] * k_stride + e[None, :]
+    v_at = v_ptr + slot[:, None] * v_stride + e[None, :]
+    if E != BLOCK_D:
+        tile = (e < E)[None, :]
+        return tl.load(k_at, mask=tile, other=0.0), tl.load(v_at, mask=tile, other=0.0)
+    return tl.load(k_at), tl.load(v_at)
+
+
+@triton.jit
+def _fold(acc, top, total, score, v, scale, cap, CAP: tl.constexpr, KIND: tl.constexpr):
+    """Scores (M, N), -inf = not seen, and values (N, D) into the softmax state acc (M, D), top (M,), total (M,).
+
+    top is in the scores' own unit: the step to base 2 is one multiply-add an element, or done already (CAP).
+    """
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # A row that has seen nothing yet keeps top = -inf; subtracting 0 instead gives weights of 0, not NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    if CAP:
+        weight, fade = tl.exp2(score - base[:, None]), tl.exp2(top - base)
+    else:
+        weight, fade = tl.exp2(score * scale - (base * scale)[:, None]), tl.exp2((top - base) * scale)
+    total = total * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(KIND), v.to(KIND), acc * fade[:, None], input_precision="ieee")
+    return acc, new_top, total
 
 
 @triton.jit
 def _sweep(
-    q, q_pos, k_ptr, v_ptr, slot_of_ptr, first_pos, last_pos, key_lo, key_hi, lo, hi, window, scale, cap, k_stride,
-    v_stride, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    DECODE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    q, q_pos, k_ptr, v_ptr, slot_of_ptr, first_pos, last_pos, lo, hi, window, scale, cap, k_stride, v_stride,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend to [lo, hi): first the turns that a window cuts, then the whole ones, then the rest -> acc, top, total.
+    """Attend to context positions lo .. hi - 1 of rows at first_pos .. last_pos -> acc, top, total.
 
-    A decode tile lives on bandwidth: one loop, always masked, keeps its pipeline full.
+    One loop, so that its pipeline fills once; turns that each row sees in whole are not masked. top is in base 2.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if not DECODE:
-        whole = lo
+    e = tl.arange(0, BLOCK_D)
+    for start in range(lo, hi, BLOCK_N):
+        k, v = _keys(k_ptr, v_ptr, slot_of_ptr, start, last_pos, e, k_stride, v_stride, E, BLOCK_D, BLOCK_N)
+        score = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+        if CAP:  # cap * tanh(score / cap) in base 2; tanh(y) = 1 - 2 / (exp(2y) + 1)
+            score = cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(score * (scale * 2.0 / cap)) + 1.0))
+        cut = start + BLOCK_N > first_pos + 1
         if WINDOW:
-            cut = tl.maximum(last_pos - window + 1 - lo, 0)
-            whole = tl.maximum(tl.minimum(lo + tl.cdiv(cut, BLOCK_N) * BLOCK_N, hi), lo)
-            acc, top, total = _visit(
-                acc, top, total, q, q_pos, k_ptr, v_ptr, slot_of_ptr, lo, whole, key_lo, key_hi, window, scale, cap,
-                k_stride, v_stride, E, BLOCK_D, BLOCK_N, CAP, True,
-            )  # fmt: skip
-        lo = whole + tl.maximum(tl.minimum(first_pos + 1, hi) - whole, 0) // BLOCK_N * BLOCK_N
-        acc, top, total = _visit(
-            acc, top, total, q, q_pos, k_ptr, v_ptr, slot_of_ptr, whole, lo, key_lo, key_hi, window, scale, cap,
-            k_stride, v_stride, E, BLOCK_D, BLOCK_N, CAP, False,
-        )  # fmt: skip
-    return _visit(
-        acc, top, total, q, q_pos, k_ptr, v_ptr, slot_of_ptr, lo, hi, key_lo, key_hi, window, scale, cap, k_stride,
-        v_stride, E, BLOCK_D, BLOCK_N, CAP, True,
-    )  # fmt: skip
+            cut = cut | (start <= last_pos - window)
+        if cut:
+            n = start + tl.arange(0, BLOCK_N)
+            seen = n[None, :] <= q_pos[:, None]
+            if WINDOW:
+                seen = seen & (n[None, :] > q_pos[:, None] - window)
+            score = tl.where(seen, score, float("-inf"))
+        acc, top, total = _fold(acc, top, total, score, v, scale, cap, CAP, q.dtype)
+    return acc, top if CAP else top * scale, total
 
 
 @triton.jit(do_not_specialize=["n_rows", "splits", "window"])
@@ -160,8 +155,8 @@ def _attention_kernel(
         hi = tl.minimum(lo + share, key_hi)
     acc, top, total = _sweep(
         q, start_pos + local, k_ptr + kv_head * E, v_ptr + kv_head * E,
-        slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride, start_pos + first, last_pos, key_lo, key_hi, lo, hi,
-        window, scale, cap, k_stride, v_stride, E, BLOCK_M, BLOCK_D, BLOCK_N, DECODE, WINDOW, CAP,
+        slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride, start_pos + first, last_pos, lo, hi,
+        window, scale, cap, k_stride, v_stride, E, BLOCK_M, BLOCK_D, BLOCK_N, WINDOW, CAP,
     )  # fmt: skip
     if SPLIT:
         part = line * splits + split

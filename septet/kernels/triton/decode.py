@@ -11,7 +11,6 @@ pool. The last program of a row to arrive merges the shares (a counter in memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,15 +21,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from septet.kernels.triton.attention import LOG2_E
 from septet.kernels.triton.pdl import launch_options, overlaps, prefetch
+from septet.kernels.triton.tiles import decode_splits, decode_tile
 
 if TYPE_CHECKING:
     from septet.kernels.ops import LayerKV, Layout
+    from septet.kernels.triton.tiles import DecodeTile
 
-__all__ = ["Tile", "decode_attention", "splits_of", "tile_of"]
+__all__ = ["decode_attention"]
 
 BLOCK_M = 16  # rows of the smallest matrix instruction: the query heads of one KV head, the rest idle
-MAX_SPLITS = 32
-SPLIT_TOKENS = 128  # of context that a program reads at least
 
 
 @triton.jit
@@ -62,16 +61,24 @@ def _rotated(
 
 @triton.jit
 def _keys(k_ptr, v_ptr, slot_of_ptr, start, hi, at, e, k_stride, v_stride, half: tl.constexpr, E: tl.constexpr,
-          BLOCK_N: tl.constexpr):  # fmt: skip
-    """Keys (both halves) and values of positions start .. min(start + BLOCK_N, hi) - 1; beyond: zeros."""
+          BLOCK_N: tl.constexpr, HOLES: tl.constexpr):  # fmt: skip
+    """Keys (both halves) and values of positions start .. min(start + BLOCK_N, hi) - 1, and which these are.
+
+    Beyond: zeros if HOLES, else position hi - 1 again, which there must be; that needs no mask.
+    """
     n = start + tl.arange(0, BLOCK_N)
     here = n < hi
-    slot = tl.load(slot_of_ptr + n, mask=here, other=0).to(tl.int64)
-    tile = here[:, None] & (at < half)
-    first = tl.load(k_ptr + slot[:, None] * k_stride + at, mask=tile, other=0.0)
-    second = tl.load(k_ptr + slot[:, None] * k_stride + half + at, mask=tile, other=0.0)
-    values = tl.load(v_ptr + slot[:, None] * v_stride + e, mask=here[:, None] & (e < E), other=0.0)
-    return first, second, values, here
+    if HOLES:
+        slot = tl.load(slot_of_ptr + n, mask=here, other=0).to(tl.int64)
+    else:
+        slot = tl.load(slot_of_ptr + tl.minimum(n, hi - 1)).to(tl.int64)
+    k_at, v_at = k_ptr + slot[:, None] * k_stride + at, v_ptr + slot[:, None] * v_stride + e
+    if HOLES or e.shape[1] != E:
+        inside = here[:, None] if HOLES else slot[:, None] >= 0
+        tile = inside & (at < half)
+        first = tl.load(k_at, mask=tile, other=0.0)
+        return first, tl.load(k_at + half, mask=tile, other=0.0), tl.load(v_at, mask=inside & (e < E), other=0.0), here
+    return tl.load(k_at), tl.load(k_at + half), tl.load(v_at), here
 
 
 @triton.jit
@@ -150,7 +157,8 @@ def _merge_shares(
     cell = m[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     tl.store(top_ptr + (first + split) * BLOCK_M + m, top)
     tl.store(total_ptr + (first + split) * BLOCK_M + m, total)
-    tl.store(acc_ptr + (first + split) * (BLOCK_M * BLOCK_E) + cell, acc)
+    heads = m[:, None] < RATIO  # the other rows are idle
+    tl.store(acc_ptr + (first + split) * (BLOCK_M * BLOCK_E) + cell, acc, mask=heads)
     tl.debug_barrier()  # every thread's part is written before the counter says so
     if tl.atomic_add(arrived_at, 1, sem="acq_rel") == used - 1:
         seen = (s < used)[:, None] & (m < RATIO)[None, :]
@@ -163,7 +171,9 @@ def _merge_shares(
         merged = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for i in tl.range(0, used, loop_unroll_factor=4):
             its_top = tl.load(top_ptr + (first + i) * BLOCK_M + m, cache_modifier=".cg")
-            its_share = tl.load(acc_ptr + (first + i) * (BLOCK_M * BLOCK_E) + cell, cache_modifier=".cg")
+            its_share = tl.load(
+                acc_ptr + (first + i) * (BLOCK_M * BLOCK_E) + cell, mask=heads, other=0.0, cache_modifier=".cg"
+            )
             merged += its_share * tl.exp2(its_top - best)[:, None]
         tl.store(out_at, (merged / whole[:, None]).to(KIND), mask=out_tile)
         tl.store(arrived_at, 0)
@@ -175,13 +185,14 @@ def _decode_kernel(
     slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, next_ptr, next_lines, eps, window, scale, cap, part_stride,
     k_stride, v_stride, slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-    PRELOAD: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    LEAST: tl.constexpr, PRELOAD: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
-    arrived (R, G) int32: zero, and left zero. AHEAD: one row; programs without a share prefetch the constant `next`.
+    arrived (R, G) int32: zero, and left zero. LEAST: tokens of a share, unless it is the last one; whole turns.
+    AHEAD: one row; programs without a share prefetch the constant `next`.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half: tl.constexpr = E // 2
@@ -191,7 +202,7 @@ def _decode_kernel(
         gdc_launch_dependents()
     past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
     key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
-    share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS), 1) * BLOCK_N
+    share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
     if split >= used:  # the others' waiting keeps the order
         if AHEAD:
@@ -201,7 +212,7 @@ def _decode_kernel(
     slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
     if PRELOAD:
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, half, E, BLOCK_N)
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, half, E, BLOCK_N, True)
     slot = tl.load(slots_ptr + row)
     angle = cos_sin_ptr + past.to(tl.int64) * E + at
     cos, sin = tl.load(angle, mask=at < half, other=0.0), tl.load(angle + half, mask=at < half, other=0.0)
@@ -216,7 +227,8 @@ def _decode_kernel(
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
         lo += BLOCK_N
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, half, E, BLOCK_N)
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, half, E, BLOCK_N,
+                                False)  # fmt: skip
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
     if split == 0:
         acc, top, total = _own_token(
@@ -230,30 +242,6 @@ def _decode_kernel(
     else:
         _merge_shares(acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_ptr + row * G + kv_head, out_at, out_tile,
                       (row.to(tl.int64) * G + kv_head) * SPLITS, split, used, RATIO, SPLITS, KIND)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """block_n tokens of context a turn; preload: the first turn's are loaded before the predecessor has ended."""
-
-    block_n: int
-    num_stages: int
-    num_warps: int
-    preload: bool
-
-
-def tile_of(n_programs: int, row_bytes: int, n_sms: int) -> Tile:
-    """Measured on an H100. Few programs live on latency, many on bandwidth: then registers are better spent on more of
-    them at once. row_bytes: of one key of one head, padded to a power of two."""
-    if n_programs <= 4 * n_sms:
-        return Tile(max(min(128 * 256 // row_bytes, 128), 32), 2, 4, True)
-    return Tile(max(min(64 * 256 // row_bytes, 64), 32), 3, 2, False)
-
-
-def splits_of(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
-    """A power of two that gives each multiprocessor about two programs; each then reads at least one tile."""
-    wanted = min(2 * n_sms // max(n_rows * n_kv, 1), -(-max_context // SPLIT_TOKENS), MAX_SPLITS)
-    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 
 def _worth_fetching(weight: Tensor) -> bool:
@@ -276,7 +264,7 @@ def decode_attention(
     arrived: Tensor,
     n_sms: int,
     ahead: Tensor | None = None,
-    tile: Tile | None = None,
+    tile: DecodeTile | None = None,
 ) -> Tensor:
     """qkv (R, (H + 2G) E), or its float32 parts (P, R, ...) -> (R, H E) in `dtype`; one token a row.
 
@@ -289,14 +277,14 @@ def decode_attention(
     out = torch.empty(n_rows, ratio * n_kv * dim, dtype=dtype, device=qkv.device)
     block_e = max(triton.next_power_of_2(dim), 32)
     context = layout.max_kv if window is None else min(layout.max_kv, window)
-    splits = splits_of(n_rows, n_kv, context, n_sms)
+    splits = decode_splits(n_rows, n_kv, context, n_sms)
     block_m = max(BLOCK_M, triton.next_power_of_2(ratio))
     acc = top = total = out
     if splits > 1:
         acc = torch.empty(n_rows, n_kv, splits, block_m, block_e, dtype=torch.float32, device=qkv.device)
         top = torch.empty(n_rows, n_kv, splits, block_m, dtype=torch.float32, device=qkv.device)
         total = torch.empty_like(top)
-    t = tile or tile_of(n_kv * n_rows * splits, block_e * kv.k.element_size(), n_sms)
+    t = tile or decode_tile(n_kv * n_rows, block_e * kv.k.element_size(), n_sms)
     norm = q_norm is not None and k_norm is not None
     prefetches = ahead is not None and _worth_fetching(ahead) and n_rows == 1 and splits > 1 and overlaps()
     weight = ahead if ahead is not None else qkv
@@ -306,7 +294,7 @@ def decode_attention(
         weight.numel() * weight.element_size() // 128, eps, 0 if window is None else window,
         scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
         G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_E=block_e,
-        STAGES=t.num_stages, PRELOAD=t.preload, AHEAD=prefetches, NORM=norm, WINDOW=window is not None,
+        STAGES=t.num_stages, LEAST=t.least, PRELOAD=t.preload, AHEAD=prefetches, NORM=norm, WINDOW=window is not None,
         CAP=soft_cap != 0.0, num_warps=t.num_warps, **launch_options(),
     )  # fmt: skip
     return out

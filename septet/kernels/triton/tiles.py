@@ -1,19 +1,22 @@
 """Tile sizes of attention: a pure function of shapes and host integers, so that captured steps can use it.
 
-Called by `attention.py`. Standard library only; the figures are for Hopper (228 KB of shared memory, wgmma on tiles of
-64 rows) and are the one place to tune.
+Called by `attention.py` and `decode.py`. Standard library only; the figures are for Hopper (228 KB of shared memory,
+wgmma on tiles of 64 rows) and are the one place to tune.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Tiles", "choose"]
+__all__ = ["DecodeTile", "Tiles", "choose", "decode_splits", "decode_tile"]
 
 SMALL_M = 16  # rows of the smallest matrix instruction
 MAX_SPLITS = 64
 SPLIT_TOKENS = 128  # a split reads at least this much context
 PIPELINE_BYTES = 160 * 1024  # of shared memory for K and V in flight
+STAGES = 5  # see attention.py: fewer do not load ahead
+MAX_SHARES = 32  # of one row's context in a decode step
+WAVE = 4  # programs of a decode step that one multiprocessor holds at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,10 @@ def choose(
     block_m = max(_query_rows(average, block_d, item_size), _pow2(ratio))
     block_n = 64 if block_d * item_size <= 256 else 32
     turn = 2 * block_n * block_d * item_size  # bytes of K and V in one turn
-    num_stages = max(min(PIPELINE_BYTES // turn, 5 if block_m == SMALL_M else 3), 2)
-    # Measured with 128 rows: 8 warps for heads of 64, 4 for heads of 128 (369 against 337 TFLOP/s on an H100).
-    num_warps = 8 if block_m * block_d >= 128 * 64 and block_m > SMALL_M and block_d * item_size != 256 else 4
+    num_stages = max(min(PIPELINE_BYTES // turn, STAGES), 2)
+    # 128 rows of heads of 128 in 4 warps spill registers: at 3 stages these still were faster than 8 warps (369 against
+    # 337 TFLOP/s on an H100), which waited for each turn's loads; with the loads ahead they do not.
+    num_warps = 8 if block_m == 128 or (block_m == 64 and block_d > 128) else 4
     tiles = Tiles(decode, block_m, block_n, block_d, 1, num_warps, num_stages, ratio)
     return replace(tiles, splits=_splits(tiles.n_blocks(n_tokens, n_rows) * n_kv, max_context, n_sms))
 
@@ -86,3 +90,47 @@ def _splits(n_programs: int, max_context: int, n_sms: int) -> int:
         return 1
     splits = min(2 * n_sms // max(n_programs, 1), max_context // SPLIT_TOKENS, MAX_SPLITS)
     return 1 << (splits.bit_length() - 1) if splits > 1 else 1
+
+
+# -- decode steps ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """block_n tokens of context a turn; preload: the first turn's are loaded before the predecessor has ended.
+
+    num_stages: 5 keep two turns on their way, fewer than that one (see attention.py). least: tokens of context that
+    are worth a program of their own, a multiple of block_n.
+    """
+
+    block_n: int
+    num_stages: int
+    num_warps: int
+    preload: bool
+    least: int
+
+
+def decode_tile(n_pairs: int, row_bytes: int, n_sms: int) -> DecodeTile:
+    """Few programs live on latency, many on bandwidth: then registers are better spent on more of them at once.
+    n_pairs: rows x KV heads; row_bytes: of one key of one head, padded to a power of two.
+
+    The first and the last line were measured on an H100. Those between hold a context too long for one turn, and each
+    multiprocessor has too few programs for one to load while another computes: they load ahead themselves.
+    """
+
+    def tokens(most: int) -> int:
+        """As many as fill so many lines of 256 bytes, K and V alone, 32 to 128."""
+        return max(min(most * 256 // row_bytes, most), 32)
+
+    if 4 * n_pairs <= n_sms:
+        return DecodeTile(tokens(128), 2, 4, True, tokens(128))
+    ahead = STAGES if 3 * 64 * row_bytes <= PIPELINE_BYTES else 3  # three turns of 32 tokens, K and V, or one
+    if n_pairs <= 2 * n_sms:
+        return DecodeTile(tokens(64), ahead, 4, True, 256)
+    if n_pairs <= WAVE * n_sms:
+        return DecodeTile(max(min(32 * 256 // row_bytes, 64), 32), ahead, 4, False, 512)
+    return DecodeTile(tokens(64), 3, 2, False, 512)
+
+
+def decode_splits(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
+    """A power of two that fills one wave of programs. How many of them get a share of a row, its length decides."""
+    wanted = min(WAVE * n_sms // max(n_rows * n_kv, 1), -(-max_context // SPLIT_TOKENS), MAX_SHARES)
+    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
