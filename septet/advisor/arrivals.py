@@ -40,6 +40,11 @@ class Lengths:
     groups: int = 1  # of requests with a prefix of their own
     spread: bool = True
 
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("output", 1), ("prefix", 0), ("groups", 1)):
+            if getattr(self, name) < least:
+                raise InvalidRequest(f"{name} must be at least {least}, not {getattr(self, name)}", param=name)
+
     def draw(self, rng: random.Random, at: float) -> Arrival:
         def length(mean: int) -> int:
             if not self.spread:
@@ -55,6 +60,8 @@ def poisson(n: int, rate: float, lengths: Lengths, seed: int, burst: float = 1.0
     (phases of ten mean gaps times 20), as far as queues notice."""
     if not (math.isfinite(rate) and rate > 0):
         raise InvalidRequest(f"rate must be a number above 0, not {rate}", param="rate")
+    if not (math.isfinite(burst) and burst >= 1):
+        raise InvalidRequest(f"burst must be a number from 1 on, not {burst:g}", param="burst")
     if n < 1:
         raise InvalidRequest(f"requests must be at least 1, not {n}", param="requests")
     rng = random.Random(seed)
@@ -71,12 +78,17 @@ def read_trace(path: Path, *, scale: float = 1.0) -> list[Arrival]:
 
     InvalidRequest names the line and the field that is missing or wrong.
     """
+    if not (math.isfinite(scale) and scale > 0):
+        raise InvalidRequest(f"time scale must be a number above 0, not {scale:g}", param="time_scale")
     found: list[Arrival] = []
     ids: dict[str, int] = {}
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found.append(_entry(line, f"{path.name} line {number}", ids, scale))
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found.append(_entry(line, f"{path.name} line {number}", ids, scale))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path.name} is no text in UTF-8: {error.reason}", param="trace") from None
     if not found:
         raise InvalidRequest(f"{path.name} holds no requests", param="trace")
     found.sort(key=lambda a: a.at)

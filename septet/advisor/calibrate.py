@@ -49,6 +49,11 @@ class Calibration:
             + self.pair * work.pairs
         )
 
+    def refuse_other(self, model: str) -> None:
+        """InvalidRequest for a model that this was not measured with."""
+        if model != self.model:
+            raise InvalidRequest(f"the calibration is of {self.model!r}, not of {model!r}", param="model")
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

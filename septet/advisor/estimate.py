@@ -2,8 +2,8 @@
 
 Used by `capacity.py` and `simulate.py`. A step reads its weights once and multiplies them with all its tokens (the two
 overlap, imperfectly: the root of the sum of their squares), reads the keys and values of its decoding rows, attends
-within its prompts, and pays for each layer's launches. The constants are fits to `benchmarks/results/h100`: 24 figures
-of two shapes, the worst 10 % off (tests/unit/test_advisor_estimate.py). Elsewhere they are assumed, not checked.
+within its prompts, and pays for each layer's launches. The constants are fits to `benchmarks/results/h100`: twelve
+figures of two shapes, the worst 10 % off (tests/unit/test_advisor_estimate.py). Elsewhere they are assumed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ LINK_LATENCY_S = 10e-6  # of an all-reduce
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step computes."""
+    """What a step computes; on average, where numbers are not whole."""
 
-    rows: int = 0  # decoding rows
-    context: int = 0  # tokens of context that these rows read, summed
-    prefill: int = 0  # prompt tokens
+    rows: float = 0  # decoding rows
+    context: float = 0  # tokens of context that these rows read, summed
+    prefill: float = 0  # prompt tokens
     pairs: float = 0.0  # (token, position attended to) of the prompts, summed
 
     @classmethod

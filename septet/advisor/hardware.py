@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from septet.config import ModelConfig
-from septet.errors import InvalidRequest
+from septet.errors import InvalidRequest, SeptetError
 
 __all__ = ["Hardware", "all_hardware", "hardware", "known_models", "model_shape"]
 
@@ -31,6 +31,7 @@ class Hardware:
     usd_per_hour: float
     measured: bool  # False: from a data sheet, derated
     per_node: int  # devices that share `link_gb_s`
+    septet_lacks: str = ""  # why this release of Septet is not for it
 
 
 @cache
@@ -43,7 +44,7 @@ def all_hardware() -> tuple[Hardware, ...]:
     derate = _table()["derate"]
     found = []
     for entry in _table()["hardware"]:
-        h = Hardware(**entry)
+        h = Hardware(**entry, septet_lacks=_table()["septet_lacks"].get(entry["kind"], ""))
         if not h.measured:
             rates = {name: round(getattr(h, name) * derate["compute"], 2) for name in ("bf16_tflops", "fp8_tflops")}
             h = replace(h, read_gb_s=round(h.read_gb_s * derate["read"], 1), **rates)
@@ -53,7 +54,7 @@ def all_hardware() -> tuple[Hardware, ...]:
 
 def hardware(name: str) -> Hardware:
     """By name, as of `all_hardware`. InvalidRequest names the known ones."""
-    wanted = name.lower().replace("-", "").replace("_", "").removeprefix("nvidia").removeprefix("amd")
+    wanted = "".join(c for c in name.lower() if c.isalnum()).removeprefix("nvidia").removeprefix("amd")
     for h in all_hardware():
         if wanted == h.name or wanted.startswith(h.name):
             return h
@@ -66,8 +67,8 @@ def known_models() -> tuple[str, ...]:
 
 
 def model_shape(name: str) -> tuple[ModelConfig, int | None]:
-    """A model's shape, and the bytes of its weights if its file says so: a known name, or the path of a .gguf file, a
-    checkpoint directory or a config.json."""
+    """A model's shape, and the bytes of its weights if its file says so: a known shape, a model of the store by name,
+    or the path of a .gguf file, a checkpoint directory or a config.json."""
     shapes = _table()["models"]
     if name in shapes:
         return ModelConfig(**shapes[name]), None
@@ -77,7 +78,13 @@ def model_shape(name: str) -> tuple[ModelConfig, int | None]:
 
         of = path.parent if path.name == "config.json" else path
         return read_model_config(of), path.stat().st_size if path.suffix == ".gguf" else None
-    raise InvalidRequest(
-        f"no model {name!r}: give a path (a .gguf file, a directory with config.json), or one of {', '.join(shapes)}",
-        param="model",
-    )
+    try:
+        from septet.hub.pull import resolve
+
+        return model_shape(str(resolve(name, pull=False).path))
+    except SeptetError:
+        raise InvalidRequest(
+            f"no model {name!r}: give one of {', '.join(shapes)}, a model of `septet list`, or a path (a .gguf file, a "
+            "directory with config.json)",
+            param="model",
+        ) from None

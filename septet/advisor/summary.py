@@ -36,7 +36,7 @@ class Summary:
     output_tokens_per_s: float
     ttft_ms: dict[str, float]
     tpot_ms: dict[str, float]
-    goodput: float  # share of requests within both targets
+    goodput_share: float  # of requests within both targets
     hit_rate: float
     busy: float  # share of the replicas' time in steps
     preemptions: int
@@ -54,7 +54,7 @@ class Summary:
             f"{self.output_tokens_per_s:,.0f} output tokens/s" + (f", {self.refused} refused" if self.refused else ""),
             row("TTFT", self.ttft_ms),
             row("TPOT", self.tpot_ms),
-            f"  goodput {self.goodput:.1%} within the targets, prefix hits {self.hit_rate:.1%}, replicas busy "
+            f"  goodput {self.goodput_share:.1%} within the targets, prefix hits {self.hit_rate:.1%}, replicas busy "
             f"{self.busy:.0%}, {self.preemptions} preemptions, ${self.usd_per_million:.3f} per million output tokens",
         ]
 
@@ -78,7 +78,7 @@ def summarise(outcome: Outcome, *, ttft_ms: float = 500.0, tpot_ms: float = 50.0
         output_tokens_per_s=tokens / seconds,
         ttft_ms=spread(firsts),
         tpot_ms=spread(laters),
-        goodput=good / len(outcome.served) if outcome.served else 0.0,
+        goodput_share=good / len(outcome.served) if outcome.served else 0.0,
         hit_rate=outcome.hit_rate,
         busy=outcome.busy_s / (outcome.replicas * seconds),
         preemptions=outcome.preemptions,

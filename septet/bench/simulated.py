@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from septet.advisor.arrangement import fitting
 from septet.advisor.arrivals import Arrival, Lengths, poisson
 from septet.advisor.calibrate import Calibration, fit
-from septet.advisor.capacity import fitting
 from septet.advisor.estimate import Estimator, Work
 from septet.advisor.hardware import hardware, model_shape
 from septet.advisor.parallel import simulate_apart

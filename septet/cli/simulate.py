@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from septet.advisor.arrangement import STEP_TOKENS, check_tp, fitting
 from septet.advisor.calibrate import load
-from septet.advisor.capacity import fitting
 from septet.advisor.estimate import Estimator
 from septet.advisor.simulate import Fleet
 from septet.errors import InvalidRequest
@@ -26,11 +27,17 @@ __all__ = ["simulate"]
 @click.argument("model")
 @click.option("--hardware", "machine", default="h100", show_default=True, help="Machine (septet plan --list-hardware).")
 @click.option("--quant", type=click.Choice(["bf16", "fp8", "int8", "int4"]), default="bf16", show_default=True)
-@click.option("--tp", type=int, default=1, show_default=True, help="Devices that share each layer.")
-@click.option("--replicas", type=int, default=1, show_default=True)
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Devices that share each layer.")
+@click.option("--replicas", type=click.IntRange(1, 100_000), default=1, show_default=True)
 @click.option("--router", type=click.Choice(["round-robin", "least-loaded", "prefix"]), default="least-loaded",
               show_default=True)  # fmt: skip
-@click.option("--prefill-replicas", type=int, default=0, show_default=True, help="Prefill apart from decode.")
+@click.option(
+    "--prefill-replicas",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    show_default=True,
+    help="Prefill apart from decode.",
+)
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", "caching", default=True, show_default=True)
 @click.option("--chunked-prefill/--no-chunked-prefill", "chunked", default=True, show_default=True)
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON lines: timestamp, "
@@ -38,7 +45,13 @@ __all__ = ["simulate"]
 @click.option(
     "--time-scale", type=float, default=1.0, show_default=True, help="Of timestamps: 0.001 where they are ms."
 )
-@click.option("--requests", type=int, default=1000, show_default=True, help="Without a trace: how many.")
+@click.option(
+    "--requests",
+    type=click.IntRange(1, 100_000_000),
+    default=1000,
+    show_default=True,
+    help="Without a trace: how many.",
+)
 @click.option("--rate", type=float, default=10.0, show_default=True, help="Requests a second (Poisson).")
 @click.option("--burst", type=float, default=1.0, show_default=True, help="Rate of busy phases over quiet ones.")
 @click.option("--prompt", type=int, default=512, show_default=True, help="Mean tokens, the prefix not counted.")
@@ -50,10 +63,14 @@ __all__ = ["simulate"]
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Measured step times and limits (python -m septet.bench.simulated --calibration), instead of "
               "--hardware, --quant and --tp.")  # fmt: skip
+@click.option("--price", type=float, help="USD per device and hour [the table's assumption].")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **given: Any) -> None:
-    """Simulate serving MODEL (a known shape, a .gguf file or a directory with config.json).
+@click.pass_context
+def simulate(
+    ctx: click.Context, model: str, machine: str, quant: str, tp: int, price: float | None, as_json: bool, **given: Any
+) -> None:
+    """Simulate serving MODEL (a known shape, a model of the store, a .gguf file or a directory with config.json).
 
     \b
     septet simulate llama-8b --rate 20 --requests 2000 --prefix 1024 --groups 8
@@ -63,8 +80,13 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
     from septet.advisor.hardware import hardware, model_shape
     from septet.advisor.parallel import simulate_apart
     from septet.advisor.summary import summarise
+    from septet.cli.plan import refuse_beside_calibration
     from septet.machine import usable_cpus
 
+    for name in ("ttft", "tpot", "price"):
+        value = price if name == "price" else given[name]
+        if value is not None and not 0 <= value < 1e9:
+            raise click.BadParameter(f"{value:g}: a number from 0 on is needed", param_hint=f"--{name}")
     if given["trace"] is not None:
         arrivals = read_trace(given["trace"], scale=given["time_scale"])
     else:
@@ -73,15 +95,24 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
         )
         arrivals = list(poisson(given["requests"], given["rate"], lengths, given["seed"], given["burst"]))
     if given["calibration"] is not None:
+        refuse_beside_calibration(ctx, "machine", "quant", "tp")
         measured = load(given["calibration"])
+        measured.refuse_other(model)
         card, tp, fleet = hardware("cpu"), 1, _measured_fleet(measured, given)
         title, known = f"{measured.model} on {fleet.replicas} x {measured.machine}", "measured on this machine"
     else:
         config, weights = model_shape(model)
         card = hardware(machine)
+        check_tp(config, card, tp)
+        if quant == "fp8" and not card.fp8_tflops:
+            raise InvalidRequest(f"{card.title} has no fp8", param="quant")
         fleet = _estimated_fleet(Estimator(config, card, quant, tp, weights), arrivals, given)
-        title = f"{model} on {fleet.replicas + fleet.prefill_replicas} x {tp} {card.title}, {quant}"
-        known = "fitted to measurements" if card.measured and tp == 1 and quant == "bf16" else "arithmetic"
+        held = "the file's weights" if weights else quant
+        title = f"{model} on {fleet.replicas + fleet.prefill_replicas} x {tp} {card.title}, {held}"
+        fitted = card.measured and tp == 1 and quant == "bf16" and weights is None
+        known = "fitted to measurements" if fitted else "arithmetic"
+    if price is not None:
+        card = replace(card, usd_per_hour=price)
     began = time.perf_counter()
     outcome = simulate_apart(fleet, arrivals, usable_cpus())
     took = time.perf_counter() - began
@@ -91,7 +122,10 @@ def simulate(model: str, machine: str, quant: str, tp: int, as_json: bool, **giv
         return
     click.echo(f"{title}, {fleet.kv_slots:,} KV tokens each")
     click.echo("\n".join(found.lines()))
-    click.echo(f"  simulated in {took:.1f} s ({outcome.steps:,} steps); step times are {known}")
+    click.echo(
+        f"  simulated in {took:.1f} s ({outcome.steps:,} steps); step times are {known}; ${card.usd_per_hour:g} per "
+        f"device and hour is {'an assumption' if price is None else 'as given'}"
+    )
 
 
 def _chosen(given: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +139,7 @@ def _estimated_fleet(step_model: Estimator, arrivals: list[Arrival], given: dict
     longest = max(a.prompt + a.output for a in arrivals)
     return Fleet(
         step_model=step_model,
-        kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192),
+        kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=STEP_TOKENS),
         max_model_len=longest + 1,
         hand_over_s=step_model.kv_bytes / (step_model.hardware.link_gb_s * 1e9),
         **_chosen(given),

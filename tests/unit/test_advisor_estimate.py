@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from septet.advisor.capacity import fitting
+from septet.advisor.arrangement import fitting
 from septet.advisor.estimate import Estimator, Work
 from septet.advisor.hardware import hardware, model_shape
 from septet.errors import InvalidRequest

@@ -36,7 +36,7 @@ def fleet(**more: object) -> Fleet:
 
 
 def drawn(n: int, rate: float = 20.0, **more: int) -> list[Arrival]:
-    return list(poisson(n, rate, Lengths(**{"prompt": 40, "output": 12, **more}), seed=3))
+    return list(poisson(n, rate, Lengths(**{"prompt": 40, "output": 12, **more}), seed=3))  # type: ignore[arg-type]
 
 
 def test_one_request_to_the_millisecond() -> None:
@@ -90,7 +90,7 @@ def test_what_can_not_fit_is_refused_alone() -> None:
     assert "context" in out.served[0].refused
     assert out.served[1].end > 0
     found = summarise(out)
-    assert (found.requests, found.refused, found.goodput) == (2, 1, 0.5)
+    assert (found.requests, found.refused, found.goodput_share) == (2, 1, 0.5)
 
 
 def test_percentiles() -> None:
@@ -250,3 +250,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert found["requests"] == 40
     assert found["ttft_ms"]["p50"] > 0
     assert "rate" in CliRunner().invoke(main, ["simulate", "llama-1b", "--rate", "-1"]).output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--burst -1", "burst must be"), ("--burst 0", "burst must be"), ("--prompt 0", "prompt must be"),
+        ("--prompt -5", "prompt must be"), ("--output 0", "output must be"), ("--prefix -10", "prefix must be"),
+        ("--groups 0 --prefix 10", "groups must be"), ("--tp 0", "--tp"), ("--tp 3", "allow 1, 2, 4, 8"),
+        ("--tp 64", "allow 1, 2, 4, 8"), ("--ttft -1", "--ttft"), ("--price nan", "--price"),
+        ("--quant fp8 --hardware a100", "no fp8"), ("--rate -1", "rate must be"), ("--hardware abacus", "known are"),
+        ("--trace {trace} --time-scale -1", "time scale must be"), ("--trace {trace} --time-scale nan", "time scale"),
+        ("--trace {bytes}", "no text in UTF-8"), ("--requests 0", "--requests"), ("--replicas 0", "--replicas"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(tmp_path: Path, words: str, says: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"timestamp": 1, "input_length": 5, "output_length": 1}')
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    words = words.format(trace=tmp_path / "t.jsonl", bytes=tmp_path / "b.jsonl")
+    run = CliRunner().invoke(main, ["simulate", "llama-1b", "--requests", "3", *words.split()])
+    assert run.exit_code in (1, 2)
+    assert says in run.output
+    assert "Traceback" not in run.output
+    assert run.exception is None or isinstance(run.exception, SystemExit)
