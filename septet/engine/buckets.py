@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_CHUNKS", "MAX_TOKENS", "Shape", "Shapes", "decode_sizes", "stand_in"]
 
-MAX_TOKENS = 512  # of a captured chunk; beyond, launching costs less than computing
-MAX_CHUNKS = 96  # captured chunks that are kept
+MAX_TOKENS = 1024  # of a captured chunk; beyond, launching costs less than computing
+MAX_CHUNKS = 128  # captured chunks that are kept
 CHUNK_ROWS = (4, 16, 64, 128, 256)  # of mixed steps
 FIRST_DECODES = (1, 2, 4, 8)  # captured before the engine says it is ready, beside the largest
 FIRST_CHUNK = 128
@@ -100,8 +100,8 @@ def stand_in(shape: Shape, captured: Iterable[Shape]) -> Shape | None:
     return min(fits, key=lambda c: (c.tokens, c.rows, c.max_kv), default=None)
 
 
-_MIXED = (32, 64, 128, 256, 384, MAX_TOKENS)
-_LENGTHS = (*range(16, 257, 16), *range(288, MAX_TOKENS + 1, 32))  # at most 12.5 % are padding from 128 on
+_MIXED = (32, 64, 128, 256, 384, 512, 640, 768, MAX_TOKENS)
+_LENGTHS = (*range(16, 257, 16), *range(288, 513, 32), *range(576, MAX_TOKENS + 1, 64))  # from 128 on 12.5 % padding
 
 
 def _holds(larger: Shape, shape: Shape) -> bool:

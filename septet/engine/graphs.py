@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "CudaCapture", "StepGraphs"]
 
-EAGER_S = 1.5  # seconds that captures may take at the start, beyond the first shapes
+EAGER_S = 0.3  # seconds that captures may take at the start, beyond the first shapes
 QUICK_S = 0.1  # what a capture takes at most if no kernel has to be compiled
 BUSY_SHARE = 0.1  # of the time under traffic that captures may take, while shapes are missing
 MIN_PAUSE_S = 0.002  # between looks at what is wanted, over BUSY_SHARE
-MIN_WANTED = 2  # times that a shape was asked for before it is captured under traffic
+MIN_WANTED = 2  # times that a shape was asked for before it is captured under traffic; 1 for mixed ones, which are few
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,15 @@ class CudaCapture:
         gc.disable()  # what a collection frees must not be freed into a capture
         try:
             self.stream.wait_stream(torch.cuda.current_stream())
+            began = time.perf_counter()
             with torch.cuda.stream(self.stream):  # once outside, so that kernels are compiled and handles exist
                 step.forward()
                 step.draw()
                 self.stream.synchronize()
+                ran = time.perf_counter()
                 forward, draw = self._record(step.forward), self._record(step.draw)
             torch.cuda.current_stream().wait_stream(self.stream)
+            log.debug("%s: run %.3f s, recorded %.3f s", step.shape, ran - began, time.perf_counter() - ran)
         finally:
             if collecting:
                 gc.enable()
@@ -184,9 +187,9 @@ class StepGraphs:
         """Can the captured sampler draw this row's token? (None: nobody has joined it.)"""
         return info is not None and info.plain
 
-    def serves_masked(self, info: RowInfo) -> bool:
+    def serves_masked(self, info: RowInfo | None) -> bool:
         """The same, if it is given the row's mask."""
-        return info.plain or info.masked
+        return info is not None and (info.plain or info.masked)
 
     @torch.inference_mode()
     def spare(self, busy: bool) -> bool:
@@ -214,8 +217,8 @@ class StepGraphs:
         if sum([not shape.decode for shape in self.captured]) >= MAX_CHUNKS:
             self.wanted = Counter({shape: n for shape, n in self.wanted.items() if shape.decode})
             self._todo = [shape for shape in self._todo if shape.decode]
-        for shape, count in self.wanted.most_common(1):
-            if count >= MIN_WANTED or not busy:
+        for shape, count in self.wanted.most_common():
+            if count >= MIN_WANTED or not busy or (shape.rows > 1 and not shape.decode):
                 return shape
         while self._todo and not busy:
             shape = self._todo.pop(0)

@@ -183,8 +183,10 @@ def test_shapes_are_captured_as_traffic_asks_and_in_pauses(model: Path) -> None:
     assert first[0].rows == 8
     assert first[0].decode
     ask(engine, prompts()[:3], 6)
-    wanted = graphs.wanted.most_common(1)[0][0]
-    assert wanted not in graphs.captured
+    assert graphs.wanted
+    assert not set(graphs.wanted) & set(graphs.captured)
+    wanted, mixed = Shape(False, 48, 1, 48), Shape(False, 32, 4, graphs.shapes.max_len)
+    assert {wanted, mixed} <= set(graphs.shapes.usual()) - set(graphs.captured)
     graphs.wanted = Counter({wanted: 1})
     graphs.spare(busy=True)  # once may be chance
     assert len(replays.made) == len(first)
@@ -197,8 +199,12 @@ def test_shapes_are_captured_as_traffic_asks_and_in_pauses(model: Path) -> None:
     graphs.spare(busy=True)
     assert replays.made[len(first) :] == [wanted]
     graphs.wanted[Shape(False, 16, 1, 16)] += 5
-    graphs.spare(busy=True)  # at once after the last: not yet
+    graphs.spare(busy=True)  # right after the last: not yet
     assert len(replays.made) == len(first) + 1
+    graphs.wanted = Counter({Shape(False, 16, 1, 16): 1, mixed: 1})
+    graphs._not_before = 0.0
+    graphs.spare(busy=True)  # a mixed step at once: there are few shapes of them
+    assert replays.made[len(first) + 1 :] == [mixed]
     while graphs.spare(busy=False):
         pass
     assert set(graphs.captured) >= set(graphs.shapes.usual())
