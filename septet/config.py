@@ -83,4 +83,5 @@ class EngineConfig:
     overlap: str = "auto"  # "auto" | "on" | "off": schedule step N + 1 while step N runs
     enforce_eager: bool = False  # no captured steps
     kernels: str = "auto"  # "auto" | "reference" | "triton" | "native"
+    stream_gap_ms: int = -1  # tokens within it of the last ones leave with the next ones; -1 = auto, 0 = each at once
     seed: int = 0

@@ -87,6 +87,13 @@ _ENGINE_OPTIONS = (
     _choice("--device", "auto cpu cuda", "Where the model runs."),
     click.option("--enforce-eager", is_flag=True, help="No captured steps."),
     _choice("--overlap", "auto on off", "Plan a step while the one before it runs."),
+    click.option(
+        "--stream-gap-ms",
+        type=click.IntRange(min=-1, max=10_000),
+        metavar="N",
+        default=-1,
+        help="Tokens that follow others within N ms leave with the next ones [-1: auto; 0: each at once].",
+    ),
     _choice("--load-format", "auto dummy", "dummy: random weights, nothing is read."),
     _choice("--kernels", "auto reference triton native", "Which versions of the numeric operations."),
 )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from septet.engine.chores import Chores, HostClock
+from septet.engine.frames import Frames
 from septet.engine.grammars import GrammarReady
 from septet.engine.messages import Abort, Fatal, Shutdown, StatsReply, StatsRequest, Submit, Teach, Update
 from septet.engine.scope import look
@@ -66,6 +67,7 @@ class EngineLoop:
         owns_gc: bool = False,  # in a process of its own, garbage is collected when nobody waits
         max_failures: int = MAX_FAILURES,
         pause_s: float = PAUSE_S,
+        gap_s: float = 0.0,  # see `frames.py`
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -80,6 +82,7 @@ class EngineLoop:
         self.failed_steps = 0
         self.clock = HostClock()
         self.waits = Waits()
+        self.frames = Frames(outbox, gap_s)
         self.chores = Chores(scheduler.audit, executor.spare, strict=strict, owns_gc=owns_gc, pause_s=pause_s)
 
     def run(self) -> int:
@@ -110,7 +113,9 @@ class EngineLoop:
         if self.in_flight and (plan is None or len(self.in_flight) >= self.executor.depth):
             self._commit()
         self.idle = plan is None and not self.in_flight
-        if not self.idle:
+        if self.idle:
+            self.frames.flush()
+        else:
             self.chores.between_steps()
 
     # -- hearing ------------------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ class EngineLoop:
             updates = self.waits.told(updates)
             if self.grammars is not None and self.grammars.held:
                 self._release(updates)
-            self.outbox.send(updates)
+            self.frames.say(updates)
 
     def _release(self, updates: list[Update]) -> None:
         assert self.grammars is not None
@@ -199,6 +204,7 @@ class EngineLoop:
     def _launch(self, plan: StepPlan) -> None:
         self.clock.step_starts()
         self.waits.launched(plan)
+        self.frames.before(plan)
         try:
             self.in_flight.append((plan, self.executor.launch(plan)))
         except Exception as error:
@@ -244,6 +250,7 @@ class EngineLoop:
         log.error("the engine can't go on", exc_info=error)
         fatal = Fatal(str(error) if isinstance(error, SeptetError) else f"the engine failed: {type(error).__name__}")
         try:
+            self.frames.flush()
             self.outbox.send([fatal])
         except SeptetError:
             log.info("nobody left to tell")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.config import EngineConfig
+from septet.engine.frames import GAP_S
 from septet.engine.loop import EngineLoop
 from septet.engine.messages import EngineInfo, Fatal, Shutdown
 from septet.engine.wire import BlockingEnd, Disconnected, WireError
@@ -49,6 +50,7 @@ class Engine:
     executor: Executor
     info: EngineInfo
     grammars: Grammars | None = None  # None: the executor has no masks
+    gap_s: float = 0.0  # between frames of tokens, see `frames.py`
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -61,10 +63,7 @@ def build_engine(config: EngineConfig) -> Engine:
     if config.model.startswith(ECHO):
         executor, info = _build_echo(config)
     else:
-        if config.device in ("auto", "cuda"):
-            from septet.engine.wake import wake_gpu
-
-            wake_gpu()
+        _wake(config)
         from septet.engine.build import build_executor
         from septet.engine.grammars import Grammars
 
@@ -83,7 +82,17 @@ def build_engine(config: EngineConfig) -> Engine:
         raise InvalidRequest(str(error)) from error
     cache = KVCache(info.num_kv_slots + 1, enable_prefix=config.enable_prefix_caching)  # and the padding slot
     scheduler = Scheduler(limits, cache, info.vocab_size)
-    return Engine(scheduler, executor, replace(info, pid=os.getpid()), grammars)
+    gap_ms, why = _stream_gap(config, info)
+    choices = (*info.choices, ("stream_gap_ms", str(gap_ms), why))
+    return Engine(scheduler, executor, replace(info, pid=os.getpid(), choices=choices), grammars, gap_ms / 1000)
+
+
+def _stream_gap(config: EngineConfig, info: EngineInfo) -> tuple[int, str]:
+    if config.stream_gap_ms >= 0:
+        return config.stream_gap_ms, "as asked"
+    if info.kernels == "native":
+        return round(GAP_S * 1000), "readers share the CPUs with the compute threads: sixty frames of tokens a second"
+    return 0, "each step's tokens leave with it"
 
 
 def _header(model: str) -> contextlib.AbstractContextManager[object]:
@@ -136,7 +145,11 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     try:
         config = _first_frame(end)
         if not config.model.startswith(ECHO):
+            _wake(config)
+            log.debug("the configuration is here; now the libraries")
             import septet.engine.build  # noqa: F401
+
+            log.debug("the libraries are loaded")
         gc.freeze()  # modules are never garbage
         gc.enable()  # as `__main__` has left it off
         engine = build_engine(config)
@@ -151,7 +164,9 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     gc.collect()
     if engine.grammars is not None:
         engine.grammars.notify = end.post
-    loop = EngineLoop(engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True)
+    loop = EngineLoop(
+        engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True, gap_s=engine.gap_s
+    )
     if pulse is not None and loading is not None:
         loading.set()
         pulse.beat(loop)
@@ -162,6 +177,14 @@ def _warm() -> None:
     """What fails here fails again, and is told, where it is needed."""
     with contextlib.suppress(Exception):
         import septet.engine.build  # noqa: F401
+
+
+def _wake(config: EngineConfig) -> None:
+    """Before the libraries, which take as long as the GPU's context."""
+    if config.device in ("auto", "cuda"):
+        from septet.engine.wake import wake_gpu
+
+        wake_gpu()
 
 
 def _first_frame(end: BlockingEnd) -> EngineConfig:

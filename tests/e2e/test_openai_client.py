@@ -67,9 +67,16 @@ def test_streaming(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
-    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_a_long_answer_comes_in_pieces(client: openai.OpenAI) -> None:
+    """Its first token alone, the others a few at a time (`stream_gap_ms`)."""
+    stream = client.chat.completions.create(
+        model="smollm2", messages=ASK, temperature=0, stream=True, max_tokens=64, extra_body={"ignore_eos": True}
+    )
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in stream) > 3
 
 
 def test_completion(client: openai.OpenAI) -> None:

@@ -173,6 +173,19 @@ def test_the_updates_of_a_step_are_one_frame():
     assert box.sent == [[Update("r", (4,)), Update("s", (4,))]]
 
 
+def test_tokens_that_wait_leave_when_nothing_more_is_computed_and_before_the_last_words():
+    loop, box, _ = build([[]] * 4, [plan(0), plan(1), plan(2)], gap_s=1000.0)
+    loop.run()
+    assert box.sent == [
+        [Update("r", (0,)), Update("s", (0,))],
+        [Update("r", (1,)), Update("s", (1,)), Update("r", (2,)), Update("s", (2,))],
+    ]
+    loop, box, _ = build([[]] * 9, [plan(0), plan(1), plan(2)], gap_s=1000.0, bad_launch=[2], max_failures=1)
+    assert loop.run() == 1
+    assert [token for update in box.sent[1] for token in update.tokens] == [1, 1]
+    assert isinstance(box.sent[-1][0], Fatal)
+
+
 def test_waits_only_with_nothing_to_do():
     loop, box, _ = build([[]] * 6, [plan(0), plan(1)], pause_s=0.25)
     loop.run()
