@@ -4,7 +4,8 @@
 
 Writes a checkpoint of the shape into DIR once (random bf16, safetensors shards of 4 GB; it stays in the page cache),
 then starts `LLM` in a fresh process and asks for one token: with an empty kernel cache, and again with the one that the
-first start filled. The clock runs from before the process is made. Prints the parts, which the engine reports.
+first start filled. The clock runs from before the process is made. Prints the parts, which the engine reports, and when
+each step of the start was over: context, libraries, each captured shape.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +149,7 @@ def child(model: str, options: dict[str, Any]) -> None:
 def start(model: Path, cache: Path, options: dict[str, Any]) -> dict[str, Any]:
     """One start in a process of its own, timed from outside."""
     command = [sys.executable, "-m", "septet.bench.cold_start", "--child", str(model), "--options", json.dumps(options)]
-    env = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "SEPTET_LOG_LEVEL": "DEBUG"}
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=TIMEOUT_S)
     if done.returncode:
@@ -163,7 +165,16 @@ def start(model: Path, cache: Path, options: dict[str, Any]) -> dict[str, Any]:
         "first_request_s": told["first"] - told["ready"],
         "weights_gb_s": told["weight_bytes"] / 1e9 / weights_s if weights_s else 0.0,
         "load": loading,
+        "events": list(events(done.stderr, began)),
     }
+
+
+def events(log: str, began: float) -> Iterator[str]:
+    """What the engine said on its way, each line with the seconds since `began`."""
+    for line in log.splitlines():
+        if found := re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) (?:DEBUG|INFO|WARNING) (engine\..*)", line):
+            at = datetime.strptime(found.group(1), "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
+            yield f"{at - began:.3f} {found.group(2)}"
 
 
 def main() -> None:
@@ -189,7 +200,8 @@ def main() -> None:
             for kernels in ("cold", "warm"):
                 figures = {"kernel_cache": kernels, **start(model, Path(cache), args.options)}
                 starts.append(figures)
-                print(json.dumps(figures), flush=True)
+                print(json.dumps({name: value for name, value in figures.items() if name != "events"}))
+                print("\n".join(figures["events"]), flush=True)
     if args.json:
         about = {"benchmark": "cold_start", "shape": args.shape, "commit": os.environ.get("SEPTET_COMMIT") or commit()}
         beside = {"machine": {**machine(), **gpu()}, "libraries": libraries()}

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
+import time
+from functools import cache
 
 __all__ = ["wake_gpu"]
 
 
+log = logging.getLogger(__name__)
+
+
+@cache
 def wake_gpu() -> threading.Thread:
-    """Begin to make the primary context of the first visible GPU, if there is one; torch takes that same context."""
-    thread = threading.Thread(target=_retain_primary_context, name="wake-gpu", daemon=True)
+    """Begin to make the primary context of the first visible GPU, if there is one; torch takes that same context. Once:
+    later calls do nothing."""
+    thread = threading.Thread(target=_wake, name="wake-gpu", daemon=True)
     thread.start()
     return thread
+
+
+def _wake() -> None:
+    began = time.perf_counter()
+    there = _retain_primary_context()
+    log.debug("the GPU's context: %s after %.3f s", "made" if there else "none", time.perf_counter() - began)
 
 
 def _retain_primary_context(library: str = "libcuda.so.1") -> bool:
