@@ -46,3 +46,8 @@ def test_a_written_checkpoint_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sum(got[part] for part in parts) == pytest.approx(got["first_token_s"], abs=0.01)
     assert all(got[part] > 0 for part in parts)
     assert "weights" in got["load"]
+    when = {line.split(" ", 2)[2]: float(line.split(" ", 2)[0]) for line in got["events"]}
+    here, loaded = (
+        when["the " + words] for words in ("configuration is here; now the libraries", "libraries are loaded")
+    )
+    assert 0 < here < loaded < got["first_token_s"]
