@@ -1,8 +1,9 @@
 """A step model from measured steps: five constants of one machine, model and kernels, kept as JSON.
 
 Called by `septet.bench.simulated`, which measures, and by `septet simulate --calibration`, which reads. A step takes
-a + b rows + c prompt tokens + d context + e pairs (`Work`'s terms), least squares of the relative errors with no
-constant below 0. Knows neither engines nor clocks: what was measured, and how, is its caller's business.
+(a + b rows) bend(rows) + c prompt tokens + d context + e pairs (`Work`'s terms): least squares of the relative errors
+with no constant below 0, and then what measured decode steps are off at so many rows, drawn through. Knows neither
+engines nor clocks: what was measured, and how, is its caller's business.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from septet.errors import InvalidRequest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from septet.advisor.estimate import Work
 
-__all__ = ["Calibration", "fit", "load", "solve"]
+__all__ = ["Calibration", "bends", "fit", "load", "solve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +40,23 @@ class Calibration:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    bends: tuple[tuple[float, float], ...] = ()  # (rows, factor of step + row), rows ascending: kernels work in tiles
 
     def step_s(self, work: Work) -> float:
-        return (
-            self.step
-            + self.row * work.rows
-            + self.prompt_token * work.prefill
-            + self.context_token * work.context
-            + self.pair * work.pairs
-        )
+        decode = self.step + self.row * work.rows
+        if self.bends and work.rows:
+            decode *= self._bend(work.rows)
+        return decode + self.prompt_token * work.prefill + self.context_token * work.context + self.pair * work.pairs
+
+    def _bend(self, rows: float) -> float:
+        """Straight between the measured ones, level beyond them."""
+        left = self.bends[0]
+        for right in self.bends:
+            if rows <= right[0]:
+                share = (rows - left[0]) / (right[0] - left[0]) if right[0] > left[0] else 0.0
+                return left[1] + max(share, 0.0) * (right[1] - left[1])
+            left = right
+        return left[1]
 
     def refuse_other(self, model: str) -> None:
         """InvalidRequest for a model that this was not measured with."""
@@ -65,7 +74,8 @@ def load(path: Path) -> Calibration:
         given = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path.name} is no calibration: {error}", param="calibration") from None
-    known = {f.name: f.type for f in fields(Calibration)}
+    known = {f.name: f.type for f in fields(Calibration) if f.name != "bends"}
+    bent = given.pop("bends", []) if isinstance(given, dict) else []
     if not isinstance(given, dict) or set(given) != set(known):
         wrong = sorted(set(known) ^ set(given)) if isinstance(given, dict) else ["no JSON object"]
         raise InvalidRequest(
@@ -80,10 +90,46 @@ def load(path: Path) -> Calibration:
             good = good and math.isfinite(value) and value >= least
         if not good:
             raise InvalidRequest(f"{path.name}: {name} can't be {json.dumps(value)[:40]}", param="calibration")
-    found = Calibration(**given)
+    if not _good_bends(bent):
+        raise InvalidRequest(
+            f"{path.name}: bends are pairs of numbers above 0, the first ones ascending, not {json.dumps(bent)[:60]}",
+            param="calibration",
+        )
+    found = Calibration(**given, bends=tuple((float(n), float(factor)) for n, factor in bent))
     if found.step + found.row <= 0:
         raise InvalidRequest(f"{path.name}: a decode step takes no time", param="calibration")
     return found
+
+
+def _good_bends(given: object) -> bool:
+    pairs = given if isinstance(given, list) and len(given) <= 100 else [None]
+    good = all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e9 for x in pair)
+        for pair in pairs
+    )
+    return good and all(a[0] < b[0] for a, b in itertools.pairwise(pairs))
+
+
+def bends(made: Calibration, samples: Sequence[tuple[Work, float]]) -> Calibration:
+    """What the fit leaves of decode steps at each number of rows: of the shortest context of each, and where there is a
+    longer one, a token of context costs what lies between them."""
+    by_rows: dict[float, list[tuple[float, float]]] = {}
+    for work, seconds in samples:
+        if work.rows and not work.prefill:
+            by_rows.setdefault(work.rows, []).append((work.context, seconds))
+    spans = [(max(runs)[0] - min(runs)[0], max(runs)[1] - min(runs)[1]) for runs in by_rows.values() if len(runs) > 1]
+    if spans:
+        slope = sum(more * s for more, s in spans) / sum(more * more for more, _ in spans)
+        made = replace(made, context_token=max(0.0, slope))
+    found = []
+    for rows, runs in sorted(by_rows.items()):
+        context, seconds = min(runs)
+        straight, rest = made.step + made.row * rows, seconds - made.context_token * context
+        if straight > 0 and rest > 0:
+            found.append((rows, rest / straight))
+    return replace(made, bends=tuple(found))
 
 
 def fit(samples: Sequence[tuple[Work, float]]) -> list[float]:

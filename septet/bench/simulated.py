@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from septet.advisor.arrangement import fitting
 from septet.advisor.arrivals import Arrival, Lengths, poisson
-from septet.advisor.calibrate import Calibration, fit
+from septet.advisor.calibrate import Calibration, bends, fit
 from septet.advisor.estimate import Estimator, Work
 from septet.advisor.hardware import hardware, model_shape
 from septet.advisor.parallel import simulate_apart
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from septet.engine.client import EngineClient
 
 RESULT = Path("benchmarks/results/cpu/simulated.json")
-DECODES = ((1, 16), (4, 16), (16, 16), (32, 16), (4, 384))  # (rows, prompt)
+DECODES = ((1, 16), (2, 16), (4, 16), (8, 16), (16, 16), (32, 16), (4, 384), (16, 256))  # (rows, prompt)
 PREFILLS = (32, 128, 512)  # tokens
 STEPS, REPEATS = 40, 3
 LENGTHS = Lengths(prompt=96, output=48, prefix=128, groups=4)
@@ -103,6 +103,7 @@ async def calibrate(driver: Driver, name: str) -> tuple[Calibration, list[dict[s
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
     )  # fmt: skip
+    made = bends(made, samples)
     shown: list[dict[str, object]] = []
     for work, seconds in samples:
         shown.append({**asdict(work), "measured_ms": 1e3 * seconds, "fitted_ms": 1e3 * made.step_s(work)})

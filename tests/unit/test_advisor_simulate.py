@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from septet.advisor.arrivals import Arrival, Lengths, poisson, read_trace
-from septet.advisor.calibrate import Calibration, fit, load
+from septet.advisor.calibrate import Calibration, bends, fit, load
 from septet.advisor.estimate import Work
 from septet.advisor.parallel import independent, simulate_apart
 from septet.advisor.simulate import ROUTERS, Fleet, simulate
@@ -179,14 +179,15 @@ def test_decoding_apart_is_not_held_up_by_prompts() -> None:
 
 CALIBRATION = Calibration(
     model="m", machine="a bench", step=0.004, row=0.001, prompt_token=0.0005, context_token=1e-6, pair=1e-7,
-    kv_slots=4096, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512,
+    kv_slots=4096, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512, bends=((1.0, 1.0), (8.0, 1.25)),
 )  # fmt: skip
 
 
 def test_a_fit_finds_the_constants_and_none_below_zero() -> None:
     works = [Work(r, 40 * r, 0, 0.0) for r in (1, 4, 16)] + [Work.of([], [(0, n)]) for n in (32, 128, 512)]
     works += [Work(4, 2000, 0, 0.0), Work.of([50] * 8, [(200, 64)])]
-    found = fit([(work, CALIBRATION.step_s(work)) for work in works])
+    straight = replace(CALIBRATION, bends=())
+    found = fit([(work, straight.step_s(work)) for work in works])
     assert found == pytest.approx([0.004, 0.001, 0.0005, 1e-6, 1e-7], rel=1e-6)
     falling = [(work, 0.1 - 0.002 * work.rows) for work in works[:3]]  # more rows, less time: no constant says so
     assert min(fit(falling)) == 0.0
@@ -194,10 +195,26 @@ def test_a_fit_finds_the_constants_and_none_below_zero() -> None:
         fit([(works[0], 0.0)])
 
 
+def test_bends_go_through_the_measured_decode_steps() -> None:
+    """Steps that do not grow evenly with rows, whose context is read at a rate of its own."""
+    steps = {1: 0.005, 2: 0.007, 4: 0.015, 16: 0.045}
+    samples = [(Work(rows, 20 * rows), s + 2e-6 * 20 * rows) for rows, s in steps.items()]
+    samples += [(Work(4, 1600), 0.015 + 2e-6 * 1600), (Work(16, 4800), 0.045 + 2e-6 * 4800)]
+    bent = bends(replace(CALIBRATION, bends=()), samples)
+    assert bent.context_token == pytest.approx(2e-6)
+    for work, seconds in samples:
+        assert bent.step_s(work) == pytest.approx(seconds)
+    assert bent.step_s(Work(3, 0)) == pytest.approx((0.007 / 6 + 0.015 / 8) / 2 * 7), "half-way between the factors"
+    assert bent.step_s(Work(64, 0)) == pytest.approx(0.045 / 20 * 68), "level beyond the last"
+    assert bent.step_s(Work.of([], [(0, 8)])) == CALIBRATION.step_s(Work.of([], [(0, 8)])), "prompts alone do not bend"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"row": -1.0}, "row can't be -1"), ({"kv_slots": 1.5}, "kv_slots can't be 1.5"), ({"row": None}, "row can't be"),
-     ({"step": 0, "row": 0}, "takes no time"), ({"extra": 1}, "unknown: extra")],
+     ({"step": 0, "row": 0}, "takes no time"), ({"extra": 1}, "unknown: extra"),
+     ({"bends": [[2, 1], [1, 1]]}, "bends are pairs"), ({"bends": [[1, "x"]]}, "bends are pairs"),
+     ({"bends": 5}, "bends are pairs")],
 )  # fmt: skip
 def test_a_bad_calibration_is_told_by_field(tmp_path: Path, change: dict[str, object], says: str) -> None:
     path = tmp_path / "c.json"
