@@ -33,18 +33,20 @@ if TYPE_CHECKING:
 
     from septet.engine.grammars import Grammars
     from septet.engine.runner import HostCopy
-    from septet.engine.sampler import Pick
     from septet.step import Join
 
 __all__ = ["Answer", "Constraints", "TokenMasks", "Verdict"]
 
 RING = 2  # buffers in turn: masks of step N + 1 follow the tokens of step N, before which its own copy has ended
+MAX_VIEWS = 512  # of the buffers, by size: a tensor's slice costs more than filling it
 MAX_FORCED = 512  # tokens that a matcher goes ahead at once: what follows is found at its end
 
 # A chunk among decoding rows costs each of them something, one step more costs its own row alone: forced tokens are
 # told from MIN_TOLD on beside nobody, from one more for every ROWS_A_TOKEN rows of the step. Untold ones are sampled.
 MIN_TOLD = 2
 ROWS_A_TOKEN = 4
+MANY_ROWS = 16  # from here on only long runs are told, so forced tokens are looked for in every LOOK-th step alone
+LOOK = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,15 @@ class TokenMasks:
 
     def on(self, device: torch.device) -> TokenMasks:
         return TokenMasks(self.words.to(device, non_blocking=True), self.line.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Masks to be made, and the same memory as arrays."""
+
+    masks: TokenMasks
+    words: np.ndarray
+    line: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +84,19 @@ class RowMatcher:
 
     row: int
     matcher: LLMatcher
+    lane: int  # rows of one lane are best served one after the other
     at: int  # position of the next token that the matcher would take
+    held_until: int  # positions below hold back the ends of the answer, where the grammar has a choice
+    end_ids: tuple[int, ...]
     tells: bool  # forced tokens may be told ahead; else they are sampled one by one, all the same
     ahead: dict[int, int] = field(default_factory=dict)  # forced tokens by position, below `at`
     told: int = 0  # forced tokens below this position were told
     ended: bool = False
     error: SeptetError | None = None
+    notable: bool = False  # it went ahead, ended or failed some time: `verdict` may have something to say
+
+    def fail(self, error: SeptetError) -> None:
+        self.error, self.notable = error, True
 
     def over(self, position: int) -> bool:
         """Whether a token there means nothing to the grammar."""
@@ -90,8 +108,9 @@ class RowMatcher:
         if not tokens:
             return
         if not self.matcher.consume_tokens(tokens):
-            self.error = _why(self.matcher)
+            self.fail(_why(self.matcher))
             return
+        self.notable = True
         self.ahead = dict(enumerate(tokens, self.at))  # those before are sampled or told: `at` was the next position
         self.at += len(tokens)
         self.ended = self.matcher.is_stopped()
@@ -109,15 +128,16 @@ class RowMatcher:
         return Verdict(forced, self.ended and self.told >= self.at and position < self.at)
 
 
+Bound = tuple[int, int, RowMatcher]  # number of the pick, position, whose
+
+
 class Answer:
     """What the grammars say of one step's tokens. `read` waits for the tokens; steps are read in order."""
 
-    def __init__(
-        self, owner: Constraints, rows: list[tuple[int, int, RowMatcher]], tokens: HostCopy, n_rows: int
-    ) -> None:
+    def __init__(self, owner: Constraints, rows: list[Bound], tokens: HostCopy, n_rows: int) -> None:
         self._owner = owner
         self._n_rows = n_rows
-        self._rows = rows  # (number of the pick, position, matcher)
+        self._rows = rows
         self._tokens: HostCopy | None = tokens
 
     def read(self) -> None:
@@ -125,12 +145,12 @@ class Answer:
             return
         tokens = self._tokens.numpy().tolist()
         self._tokens = None
-        self._owner.accept([(row, position, tokens[i]) for i, position, row in self._rows])
+        self._owner.accept(self._rows, tokens)
 
     def verdicts(self) -> dict[int, Verdict]:
         """By the number of the pick, where there is something to say; once."""
-        n_rows = self._n_rows
-        return {i: said for i, position, row in self._rows if (said := row.verdict(position, n_rows)) is not None}
+        n_rows, rows = self._n_rows, [bound for bound in self._rows if bound[2].notable]
+        return {i: said for i, position, row in rows if (said := row.verdict(position, n_rows)) is not None}
 
 
 class Constraints:
@@ -138,115 +158,140 @@ class Constraints:
         self.grammars = grammars
         self.vocab_size = vocab_size
         self.device = device
-        self._rows: dict[int, RowMatcher] = {}
+        self.rows: dict[int, RowMatcher] = {}
+        self.library: Masks | None = None  # made with the first row
+        self._bound: list[Bound] = []  # of the picks that `masks` saw last
         self._unread: deque[Answer] = deque()
-        self._masks: Masks | None = None
         self._ring: list[tuple[Tensor, Tensor]] = []
         self._turn = 0
+        self._views: dict[tuple[int, int, int], Buffers] = {}
+        self._steps = 0
 
     def join(self, joins: Sequence[Join]) -> None:
         """Rows change hands: a constrained one starts with the matcher of its output so far."""
         for join in joins:
-            self._rows.pop(join.row, None)
+            self.rows.pop(join.row, None)
             if join.params.structured is not None:
-                matcher = self.grammars.matcher(join.request)
-                row = RowMatcher(join.row, matcher, len(join.tokens), tells=join.params.logprobs is None)
-                self._rows[join.row] = row
+                self.library = self.library or Masks()
+                row = self.rows[join.row] = self._row(join)
                 output = list(join.tokens[join.n_prompt :])
-                if output and not matcher.consume_tokens(output):
-                    row.error = _why(matcher)
+                if output and not row.matcher.consume_tokens(output):
+                    row.fail(_why(row.matcher))
 
-    def masks(self, picks: Sequence[Pick]) -> TokenMasks | None:
-        """Masks of the tokens that these picks will sample, once all sampled before are known; None: no need."""
-        if not self._rows:
+    def _row(self, join: Join) -> RowMatcher:
+        lane, params = self.grammars.lane(join.request), join.params
+        return RowMatcher(
+            join.row,
+            lane.matcher(),
+            lane.number,
+            at=len(join.tokens),
+            held_until=join.n_prompt + params.min_tokens if params.min_tokens else 0,
+            end_ids=(*join.eos_token_ids, *params.stop_token_ids),
+            tells=params.logprobs is None,
+        )
+
+    def masks(self, spots: Sequence[tuple[int, int]]) -> TokenMasks | None:
+        """Masks of the tokens that will be sampled there, (row, position) each, once all sampled before are known;
+        None: no need."""
+        self._bound = []
+        if not self.rows:
             return None
         while self._unread:
             self._unread.popleft().read()
-        lines: list[int] = []
-        free: list[tuple[Pick, RowMatcher]] = []
-        forced: list[tuple[int, Pick, RowMatcher]] = []
-        for i, pick in enumerate(picks):
-            row = self._rows.get(pick.row)
-            if row is None or row.over(pick.position):
-                continue
-            if pick.position == row.at:
-                lines.append(i)
-                free.append((pick, row))
-            else:
-                forced.append((i, pick, row))
-        n_masks = len(free) + len(forced)
-        if not n_masks:
+        rows = self.rows
+        self._bound = [(i, at, row) for i, (r, at) in enumerate(spots) if (row := rows.get(r)) is not None]
+        self._bound.sort(key=_lane)
+        free, forced = [], []
+        for bound in self._bound:
+            _, position, row = bound
+            if position == row.at and not row.ended and row.error is None:
+                free.append(bound)
+            elif not row.over(position):
+                forced.append(bound)
+        if not free and not forced:
             return None
-        masks = self._buffers(n_masks, len(picks))
-        words, line = masks[0].numpy(), masks[1].numpy()
-        line[lines + [i for i, _, _ in forced]] = np.arange(n_masks)
+        buffers = self._buffers(len(free) + len(forced), len(spots))
+        words, line = buffers.words, [-1] * len(spots)
+        for c, (i, _, _) in enumerate((*free, *forced)):
+            line[i] = c
+        buffers.line[:] = line
         self._fill(words, free)
-        for c, (_, pick, row) in enumerate(forced, len(free)):
+        for c, (_, position, row) in enumerate(forced, len(free)):
             words[c] = 0
-            token = row.ahead[pick.position]
+            token = row.ahead[position]
             words[c].view(np.uint32)[token >> 5] = 1 << (token & 31)
-        return TokenMasks(*masks)
+        return buffers.masks
 
-    def _fill(self, words: np.ndarray, rows: list[tuple[Pick, RowMatcher]]) -> None:
+    def _fill(self, words: np.ndarray, bound: list[Bound]) -> None:
         """Masks of open positions. One that turns out to be forced takes its matcher ahead."""
-        if not rows:
+        if not bound:
             return
-        self._library.fill([row.matcher for _, row in rows], words)
-        for i in single_bits(words[: len(rows)]).tolist():
-            if not rows[i][1].matcher.is_error():
-                rows[i][1].force()
-        for i, (pick, row) in enumerate(rows):
-            if row.matcher.is_error():
-                row.error = _why(row.matcher)
+        assert self.library is not None
+        matchers = [row.matcher for _, _, row in bound]
+        self.library.fill(matchers, words)
+        self._steps += 1
+        if len(bound) < MANY_ROWS or not self._steps % LOOK:
+            for i in single_bits(words[: len(bound)]).tolist():
+                if not matchers[i].is_error():
+                    bound[i][2].force()
+        for i, (_, position, row) in enumerate(bound):
+            if matchers[i].is_error():
+                row.fail(_why(matchers[i]))
                 words[i] = -1
-            elif pick.info.params.min_tokens and pick.position == row.at:
-                _hold_back(words[i], pick)
+            elif position < row.held_until and position == row.at:
+                _hold_back(words[i], row.end_ids)
 
-    def follow(self, picks: Sequence[Pick], tokens: HostCopy) -> Answer | None:
-        """The tokens of these picks are on their way: they will be taken before the next masks are made."""
-        rows = [(i, pick.position, self._rows[pick.row]) for i, pick in enumerate(picks) if pick.row in self._rows]
-        if not rows:
+    def follow(self, tokens: HostCopy, n_rows: int) -> Answer | None:
+        """The tokens of the picks that `masks` has just seen are on their way: taken before the next masks are made."""
+        if not self._bound:
             return None
-        answer = Answer(self, rows, tokens, len(picks))
+        answer = Answer(self, self._bound, tokens, n_rows)
         self._unread.append(answer)
         return answer
 
-    def accept(self, sampled: list[tuple[RowMatcher, int, int]]) -> None:
-        """(row, position, token) of each sample. A negative token: the row failed."""
+    def accept(self, bound: list[Bound], tokens: list[int]) -> None:
+        """tokens[i] was sampled for the i-th pick. A negative token: the row failed."""
         taking: list[RowMatcher] = []
-        tokens: list[int] = []
+        values: list[int] = []
         over: list[RowMatcher] = []
-        for row, position, token in sampled:
+        for i, position, row in bound:
+            token = tokens[i]
             if row.over(position):
                 continue
             if token < 0:
-                row.error = SeptetError("the model produced NaN logits for this request")
+                row.fail(SeptetError("the model produced NaN logits for this request"))
             elif position == row.at:
                 taking.append(row)
-                tokens.append(token)
+                values.append(token)
                 continue
             elif row.ahead.get(position, token) != token:
-                row.error = SeptetError("a forced token was not sampled")
+                row.fail(SeptetError("a forced token was not sampled"))
             if row.over(position + 1):
                 over.append(row)
-        taken = self._library.accept([row.matcher for row in taking], tokens)
-        for row, ok in zip(taking, taken, strict=True):
+        over += self._take(taking, values) if taking else ()
+        for row in over:
+            if self.rows.get(row.row) is row:
+                del self.rows[row.row]
+
+    def _take(self, rows: list[RowMatcher], tokens: list[int]) -> list[RowMatcher]:
+        """One token each; -> whose grammar is over."""
+        assert self.library is not None
+        matchers, over = [row.matcher for row in rows], []
+        for row, matcher, ok in zip(rows, matchers, self.library.accept(matchers, tokens), strict=True):
             row.at += 1
             if not ok:
-                row.error = _why(row.matcher)
+                row.fail(_why(matcher))
                 over.append(row)
-            elif row.matcher.is_stopped():
-                row.ended = True
+            elif matcher.is_stopped():
+                row.ended = row.notable = True
                 over.append(row)
-        for row in over:
-            if self._rows.get(row.row) is row:
-                del self._rows[row.row]
+        return over
 
-    def _buffers(self, n_masks: int, n_picks: int) -> tuple[Tensor, Tensor]:
-        """(n_masks, words) int32 and (n_picks,) int64 of -1; where a device copies out of them: pinned, of a ring."""
+    def _buffers(self, n_masks: int, n_spots: int) -> Buffers:
+        """Room for so many; where a device copies out of it: pinned, of a ring."""
         pinned = self.device.type == "cuda"
-        if not self._ring or len(self._ring[0][1]) < n_picks:
-            size = max(8, 1 << (n_picks - 1).bit_length())
+        if not self._ring or len(self._ring[0][1]) < n_spots:
+            size = max(8, 1 << (n_spots - 1).bit_length())
             width = mask_words(self.vocab_size)
             self._ring = [
                 (
@@ -255,25 +300,26 @@ class Constraints:
                 )
                 for _ in range(RING if pinned else 1)
             ]
+            self._views.clear()
         self._turn = (self._turn + 1) % len(self._ring)
-        words, line = self._ring[self._turn]
-        line.numpy()[:n_picks] = -1
-        return words[:n_masks], line[:n_picks]
+        key = self._turn, n_masks, n_spots
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            words, line = (tensor[:n] for tensor, n in zip(self._ring[self._turn], key[1:], strict=True))
+            found = self._views[key] = Buffers(TokenMasks(words, line), words.numpy(), line.numpy())
+        return found
 
-    @property
-    def _library(self) -> Masks:
-        if self._masks is None:
-            self._masks = Masks()
-        return self._masks
+
+def _lane(bound: Bound) -> int:
+    return bound[2].lane
 
 
-def _hold_back(line: np.ndarray, pick: Pick) -> None:
+def _hold_back(line: np.ndarray, end_ids: tuple[int, ...]) -> None:
     """min_tokens where the grammar has a choice; a grammar that can only end is not held back."""
-    info = pick.info
-    if pick.position - info.n_prompt >= info.params.min_tokens:
-        return
     before, bits = line.copy(), line.view(np.uint32)
-    for token in info.end_ids:
+    for token in end_ids:
         bits[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
     if not line.any():
         line[:] = before

@@ -7,6 +7,7 @@ refused ends alone. Knows no torch; the compiler comes in with the first constra
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from llguidance import LLMatcher
-
-    from septet.grammar.compiler import Compiler, Grammar
+    from septet.grammar.compiler import Compiler, Grammar, Lane
     from septet.grammar.vocabulary import Vocabulary
     from septet.request import Request
+    from septet.structured import Structured
 
 __all__ = ["GrammarReady", "Grammars"]
 
@@ -44,14 +44,16 @@ class Grammars:
         self.notify: Callable[[Any], None] = lambda message: None
         self._compiler: Compiler | None = None
         self._waiting: dict[str, tuple[Request, Future[Grammar]]] = {}
-        self._held: dict[str, Grammar] = {}
+        self._held: dict[str, tuple[Structured, Grammar, Lane]] = {}
+        self._users: Counter[Structured] = Counter()  # that wait for it or hold it
 
     def teach(self, vocabulary: Vocabulary) -> None:
         """What the tokens stand for; the first word counts."""
         from septet.grammar.compiler import Compiler
+        from septet.grammar.masks import mask_threads
 
         if self._compiler is None and len(vocabulary) and vocabulary.eos:
-            self._compiler = Compiler(vocabulary, self.vocab_size)
+            self._compiler = Compiler(vocabulary, self.vocab_size, max_lanes=mask_threads())
 
     def wait(self, request: Request) -> None:
         """Take in a constrained request; GrammarReady follows. InvalidRequest or Overloaded: it can't wait here."""
@@ -63,36 +65,57 @@ class Grammars:
             raise InvalidRequest(f"a request with id {request.id!r} is under way", param="id")
         if len(self._waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait for their grammars already: try again later")
-        future = self._compiler.request(structured)
+        users = self._users
+        users[structured] += 1
+        future = self._compiler.request(structured, lambda: users[structured])
         self._waiting[request.id] = (request, future)
         notify, ready = self.notify, GrammarReady(request.id)
         future.add_done_callback(lambda _: notify(ready))
 
     def ready(self, id: str) -> Request | None:
         """The request whose grammar is there, to be submitted; None if it has gone. Raises what compiling raised."""
-        entry = self._waiting.pop(id, None)
+        entry = self._waiting.get(id)
         if entry is None:
             return None
         request, future = entry
-        self._held[id] = future.result()
+        structured = request.params.structured
+        assert structured is not None
+        if future.cancelled() or future.exception() is not None:
+            self.leave(id)
+        grammar = future.result()
+        del self._waiting[id]
+        self._held[id] = (structured, grammar, grammar.enter())
         return request
 
     def leave(self, id: str) -> bool:
         """Forget a waiting request; whether there was one."""
-        return self._waiting.pop(id, None) is not None
+        entry = self._waiting.pop(id, None)
+        if entry is not None and entry[0].params.structured is not None:
+            self._used(entry[0].params.structured)
+        return entry is not None
 
     def leave_all(self) -> list[str]:
         ids = list(self._waiting)
-        self._waiting.clear()
+        for id in ids:
+            self.leave(id)
         return ids
 
     def release(self, id: str) -> None:
         """The request has ended."""
-        self._held.pop(id, None)
+        held = self._held.pop(id, None)
+        if held is not None:
+            structured, grammar, lane = held
+            grammar.leave(lane)
+            self._used(structured)
 
-    def matcher(self, id: str) -> LLMatcher:
-        """A matcher at the start of the answer of this request."""
-        return self._held[id].matcher()
+    def lane(self, id: str) -> Lane:
+        """Whose matchers this request's answer is to follow."""
+        return self._held[id][2]
+
+    def _used(self, structured: Structured) -> None:
+        self._users[structured] -= 1
+        if not self._users[structured]:
+            del self._users[structured]
 
     def __len__(self) -> int:
         """Requests that wait."""

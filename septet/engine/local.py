@@ -12,7 +12,7 @@ from septet.errors import OutOfMemory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from septet.engine.drawn import DrawnStep
+    from septet.engine.drawn import BoundStep, DrawnStep
     from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
     from septet.engine.taped import TakenStep
@@ -31,7 +31,7 @@ class LocalExecutor:
         self.depth = depth
         self._on_close = on_close
 
-    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep | TakenStep:
+    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep | TakenStep:
         """Where memory runs out: once more without what the allocator keeps. OutOfMemory if that does not help."""
         try:
             return self.runner.run(plan)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from septet.engine.drawn import DrawnStep
+from septet.engine.drawn import BoundStep, DrawnStep
 from septet.engine.layout import lay_out, lay_out_decode
 from septet.engine.pooling import Pooling
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
@@ -21,7 +21,7 @@ from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -164,15 +164,16 @@ class Runner:
         self.graphs: StepGraphs | TapedDecode | None = None
         self.taped: TapedDecode | None = None  # `graphs`, where that is a tape
         self.constraints: Constraints | None = None
+        self.fetch: Callable[[Tensor], HostCopy] = HostCopy
         self.pooling = Pooling()
 
-    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | TakenStep:
+    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep | TakenStep:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
         taken = self.taped.quick(plan) if self.taped is not None else None
         return self._run(plan) if taken is None else taken
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> StepOnDevice | DrawnStep:
+    def _run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         self.rows.join(plan.joins, self.staging)
         self.rows.write(plan.rows, self.staging)
         if self.constraints is not None:
@@ -181,7 +182,7 @@ class Runner:
         found = self.graphs.find(plan.rows, decode) if self.graphs is not None and usual else None
         return self._eager(plan, self._picks(plan.rows), decode) if found is None else self._captured(plan, found)
 
-    def _captured(self, plan: StepPlan, found: Captured | TapedDecode) -> StepOnDevice | DrawnStep:
+    def _captured(self, plan: StepPlan, found: Captured | TapedDecode) -> StepOnDevice | DrawnStep | BoundStep:
         """Replay the step; what its sampler can't draw is drawn here from its logits."""
         assert self.graphs is not None
         sampling = [row for row in plan.rows if row.n_sample]
@@ -190,11 +191,15 @@ class Runner:
         n = len(sampling)
         if plain:
             requests = [row.request for row in sampling]
-            return DrawnStep(plan.step, requests, HostCopy(out.tokens[: max(n, 1)]))  # one at least, to be waited for
+            return DrawnStep(plan.step, requests, self.fetch(out.tokens[: max(n, 1)]))  # one at least, to be waited for
+        if all(map(self.graphs.serves_masked, [self.rows.info[row.row] for row in sampling])):
+            found.draw_masked(self._masks([(row.row, row.start + row.n) for row in sampling]))
+            requests, tokens = [row.request for row in sampling], self.fetch(out.tokens[:n])
+            answer = self._answer(tokens, n)
+            if answer is not None:
+                return BoundStep(plan.step, requests, tokens, answer)
+            return DrawnStep(plan.step, requests, tokens)
         picks, row, position = self._picks(plan.rows), out.row[:n], out.position()[:n]
-        if all(self.graphs.serves_masked(pick.info) for _, pick in picks):
-            found.draw_masked(self._masks(picks))
-            return self._followed(plan, picks, HostCopy(out.tokens[:n]), None, [])
         return self._written(plan, picks, self._sample(out.logits[:n], picks, row, position), row, position, [])
 
     def _eager(self, plan: StepPlan, picks: list[tuple[str, Pick]], decode: bool) -> StepOnDevice:
@@ -218,10 +223,11 @@ class Runner:
 
     def _sample(self, logits: Tensor, picks: list[tuple[str, Pick]], row: Tensor, position: Tensor) -> Sampled:
         """The forward pass is under way: now wait for the masks, which need the tokens of the step before."""
-        return sample(self.ops, logits, [pick for _, pick in picks], self.rows, row, position, self._masks(picks))
+        masks = self._masks([(pick.row, pick.position) for _, pick in picks])
+        return sample(self.ops, logits, [pick for _, pick in picks], self.rows, row, position, masks)
 
-    def _masks(self, picks: list[tuple[str, Pick]]) -> TokenMasks | None:
-        return self.constraints.masks([pick for _, pick in picks]) if self.constraints is not None else None
+    def _masks(self, spots: list[tuple[int, int]]) -> TokenMasks | None:
+        return self.constraints.masks(spots) if self.constraints is not None else None
 
     def _written(
         self,
@@ -234,19 +240,12 @@ class Runner:
     ) -> StepOnDevice:
         self.rows.tokens[row, position] = sampled.tokens.clamp(min=0).int()
         logprobs = LogprobsCopy(sampled.logprobs) if sampled.logprobs is not None else None
-        return self._followed(plan, picks, HostCopy(sampled.tokens), logprobs, prompts)
+        tokens = HostCopy(sampled.tokens)
+        return StepOnDevice(plan.step, picks, tokens, logprobs, prompts, self._answer(tokens, len(picks)))
 
-    def _followed(
-        self,
-        plan: StepPlan,
-        picks: list[tuple[str, Pick]],
-        tokens: HostCopy,
-        logprobs: LogprobsCopy | None,
-        prompts: list[PromptPart],
-    ) -> StepOnDevice:
+    def _answer(self, tokens: HostCopy, n: int) -> Answer | None:
         """The tokens are on their way, and the grammars will read them."""
-        answer = self.constraints.follow([pick for _, pick in picks], tokens) if self.constraints is not None else None
-        return StepOnDevice(plan.step, picks, tokens, logprobs, prompts, answer)
+        return self.constraints.follow(tokens, n) if self.constraints is not None else None
 
     def _picks(self, plan_rows: Sequence[PlanRow]) -> list[tuple[str, Pick]]:
         picks = []

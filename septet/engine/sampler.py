@@ -30,9 +30,9 @@ __all__ = ["Pick", "Sampled", "TopLogprobs", "sample", "top_logprobs"]
 MAX_FAST_K = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pick:
-    """One token to be sampled: which row, and the position that the new token will have."""
+    """One token to be sampled: which row, and the position that the new token will have. Read-only by convention."""
 
     row: int
     position: int

@@ -106,8 +106,10 @@ class TapedDecode:
         """Can `run` draw this row's token itself? (None: nobody has joined it.)"""
         return info is not None and info.unadjusted
 
-    def serves_masked(self, info: RowInfo) -> bool:
+    def serves_masked(self, info: RowInfo | None) -> bool:
         """The same for `draw_masked`."""
+        if info is None:
+            return False
         params = info.params
         adjusts = info.penalises or params.logit_bias or params.logprobs is not None
         return info.unadjusted or (params.structured is not None and not adjusts)

@@ -4,14 +4,21 @@ Owned by the engine (`engine/grammars.py`). `request` answers at once with a fut
 compilation; what was refused is remembered too, so that a flood of the same costs nothing. Threads only wait and call
 native code: the first compilation runs in a process that can be killed (`trial.py`), the second here, where it has been
 seen to end.
+
+All copies of one matcher share its lexer, behind a lock: masks of sixty-four of them are made one after the other, on
+however many threads. So a grammar that many answers follow at once is compiled several times, into lanes; answers are
+spread over them, and threads take a lane each.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from septet.errors import InvalidRequest
@@ -20,30 +27,67 @@ from septet.grammar.translate import forcing
 from septet.grammar.trial import TrialProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llguidance import LLMatcher, LLTokenizer
 
     from septet.grammar.vocabulary import Vocabulary
     from septet.structured import Structured
 
-__all__ = ["Compiler", "Grammar"]
+__all__ = ["Compiler", "Grammar", "Lane"]
 
 
-class Grammar:
-    """A compiled constraint. `matcher()` starts a new answer."""
+@dataclass(slots=True)
+class Lane:
+    """Matchers that share a lexer. `number`: of all lanes of this process."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._fresh = matcher
+    number: int
+    fresh: LLMatcher
+    users: int = 0  # answers
 
     def matcher(self) -> LLMatcher:
-        return self._fresh.deep_copy()
+        return self.fresh.deep_copy()
+
+
+@dataclass(slots=True)
+class Grammar:
+    """A compiled constraint. `enter` and `leave` once for each answer, in the loop's thread."""
+
+    lanes: list[Lane]
+    compile: Callable[[], LLMatcher]
+    widening: Future[Grammar] | None = field(default=None, repr=False)
+
+    def enter(self) -> Lane:
+        lane = min(self.lanes, key=lambda lane: lane.users)
+        lane.users += 1
+        return lane
+
+    def leave(self, lane: Lane) -> None:
+        lane.users -= 1
+
+    def matcher(self) -> LLMatcher:
+        """Beside all answers: for a look."""
+        return self.lanes[0].matcher()
+
+    def narrow(self) -> None:
+        """Forget the lanes that nobody uses, but for one."""
+        if self.widening is None or self.widening.done():
+            self.lanes[:] = [lane for lane in self.lanes if lane.users] or self.lanes[:1]
 
 
 class Compiler:
     """For one vocabulary. All methods are for one thread, the engine loop's."""
 
     def __init__(
-        self, vocabulary: Vocabulary, vocab_size: int, *, deadline_s: float = limits.COMPILE_DEADLINE_S
+        self,
+        vocabulary: Vocabulary,
+        vocab_size: int,
+        *,
+        deadline_s: float = limits.COMPILE_DEADLINE_S,
+        max_lanes: int = 1,
     ) -> None:
+        self.max_lanes = max_lanes  # of one grammar: more than threads that make masks are of no use
+        self._numbers = itertools.count()
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._known: OrderedDict[Structured, Future[Grammar]] = OrderedDict()
@@ -55,13 +99,14 @@ class Compiler:
         self._tokenizer: tuple[LLTokenizer, bool] | None = None
         self._making = threading.Lock()
 
-    def request(self, structured: Structured) -> Future[Grammar]:
-        """The grammar, now or later; its exception is an InvalidRequest that names what is wrong."""
+    def request(self, structured: Structured, users: Callable[[], int] = lambda: 1) -> Future[Grammar]:
+        """The grammar, now or later; its exception is an InvalidRequest that names what is wrong. `users`: answers that
+        follow it or wait for it by now, this one included; called from other threads, too."""
         known = self._known.get(structured)
         if known is not None and not (known.done() and _failed_by_chance(known)):
             self._known.move_to_end(structured)
-            return known
-        future = self._known[structured] = self._pool.submit(self._compile, structured)
+            return self._wide_enough(known, users)
+        future = self._known[structured] = self._pool.submit(self._compile, structured, users)
         self._spec_bytes += len(structured.spec)
         self._evict()
         return future
@@ -84,7 +129,38 @@ class Compiler:
                 del self._known[key]
                 self._spec_bytes -= len(key.spec)
 
-    def _compile(self, structured: Structured) -> Grammar:
+    def _wide_enough(self, known: Future[Grammar], users: Callable[[], int]) -> Future[Grammar]:
+        """The same grammar, once it has as many lanes as that many answers are worth."""
+        if self.max_lanes == 1 or not _made(known):
+            return known
+        grammar = known.result()
+        if grammar.widening is not None and not grammar.widening.done():
+            return grammar.widening
+        if len(grammar.lanes) >= min(users(), self.max_lanes):
+            return known
+        self._narrow()
+        grammar.widening = self._pool.submit(self._widen, grammar, users)
+        return grammar.widening
+
+    def _narrow(self) -> None:
+        """Keep the lanes of all grammars within bounds, those of the latest last."""
+        ready = [known.result() for known in self._known.values() if _made(known)]
+        n_lanes = sum(len(grammar.lanes) for grammar in ready)
+        for grammar in ready:
+            if n_lanes < limits.LANES:
+                return
+            n_lanes -= len(grammar.lanes)
+            grammar.narrow()
+            n_lanes += len(grammar.lanes)
+
+    def _widen(self, grammar: Grammar, users: Callable[[], int]) -> Grammar:
+        """In a thread of the pool; nobody waits long for this."""
+        end = time.monotonic() + limits.WIDEN_S
+        while len(grammar.lanes) < min(users(), self.max_lanes) and time.monotonic() < end:
+            grammar.lanes.append(Lane(next(self._numbers), grammar.compile()))
+        return grammar
+
+    def _compile(self, structured: Structured, users: Callable[[], int]) -> Grammar:
         """In a thread of the pool."""
         from llguidance import LLMatcher
 
@@ -95,16 +171,24 @@ class Compiler:
             self._trials.put(trial)
         tokenizer, canonical = self._shared_tokenizer()
         text = forcing(text) if canonical else text
-        matcher = LLMatcher(tokenizer, text, limits=limits.parser_limits(), log_level=0)
-        if matcher.is_error():
-            raise InvalidRequest(f"{structured.kind}: {matcher.get_error()[:500]}", param="structured")
-        return Grammar(matcher)
+
+        def compiled() -> LLMatcher:
+            return LLMatcher(tokenizer, text, limits=limits.parser_limits(), log_level=0)
+
+        first = compiled()
+        if first.is_error():
+            raise InvalidRequest(f"{structured.kind}: {first.get_error()[:500]}", param="structured")
+        return self._widen(Grammar([Lane(next(self._numbers), first)], compiled), users)
 
     def _shared_tokenizer(self) -> tuple[LLTokenizer, bool]:
         with self._making:
             if self._tokenizer is None:
                 self._tokenizer = self._vocabulary.tokenizer(self._vocab_size)
             return self._tokenizer
+
+
+def _made(future: Future[Grammar]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _failed_by_chance(future: Future[Grammar]) -> bool:

@@ -32,6 +32,8 @@ WORKERS = 2  # grammars in the making at a time
 # -- what is kept
 CACHE_ENTRIES = 256  # compiled grammars, and refusals
 CACHE_SPEC_BYTES = 8 << 20
+LANES = 512  # lexers of all grammars together that are kept for answers to come: up to 3 MiB each once they have worked
+WIDEN_S = 0.1  # that a request may wait for more lanes of its grammar, beyond the first
 
 
 def parser_limits() -> LLParserLimits:

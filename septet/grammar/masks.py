@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llguidance import LLMatcher
 
-__all__ = ["Masks", "mask_words", "single_bits"]
+__all__ = ["Masks", "mask_threads", "mask_words", "single_bits"]
 
 MAX_THREADS = 16
 HEAD = 32  # words in which most masks that leave a choice show it: tokens of one byte come first in most vocabularies
@@ -26,6 +26,12 @@ POOL_FROM = 8  # rows
 
 def mask_words(vocab_size: int) -> int:
     return (vocab_size + 31) // 32
+
+
+def mask_threads() -> int:
+    """How many threads make masks here."""
+    cpus = usable_cpus()
+    return max(1, min(MAX_THREADS, cpus - 2 if cpus > 8 else cpus // 2))
 
 
 def single_bits(words: np.ndarray) -> np.ndarray:
@@ -51,8 +57,7 @@ class Masks:
     def __init__(self, threads: int | None = None) -> None:
         from llguidance import LLExecutor
 
-        cpus = usable_cpus()
-        threads = min(MAX_THREADS, cpus - 2 if cpus > 8 else cpus // 2) if threads is None else threads
+        threads = mask_threads() if threads is None else threads
         self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:

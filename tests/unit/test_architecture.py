@@ -28,6 +28,8 @@ SIDEWAYS = {
     ("bench", "session"),
     ("bench", "hub"),
     ("bench", "kernels"),
+    ("bench", "grammar"),
+    ("bench", "text"),
     ("bench", "advisor"),  # traces and arrivals, prices
 }
 FORBIDDEN = {  # room -> top-level modules it must not import, even late

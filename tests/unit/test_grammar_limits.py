@@ -120,7 +120,7 @@ def test_python_values() -> None:
 # -- the compiler -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[Compiler]:
-    made = Compiler(Vocabulary.of(TOKENS, [0, 257], [0]), 300, deadline_s=3.0)
+    made = Compiler(Vocabulary.of(TOKENS, [0, 257], [0]), 300, deadline_s=3.0, max_lanes=3)
     yield made
     made.close()
 
@@ -223,6 +223,32 @@ def test_the_cache_is_bounded_and_shares(compiler: Compiler, monkeypatch: pytest
         compiler.request(Structured.choice([f"option {i}"])).result(60)
     assert len(compiler) <= 8
     assert takes(compiler, GOOD, b'{"a":1}')
+
+
+def test_many_answers_are_spread_over_lanes(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many lexers as answers at once, up to a limit; those that nobody uses go when there are too many in all."""
+    users = 1
+    wanted = Structured.choice(["of lanes"])
+    grammar = compiler.request(wanted, lambda: users).result(60)
+    assert len(grammar.lanes) == 1
+    users = 2
+    assert compiler.request(wanted, lambda: users).result(60) is grammar
+    assert len(grammar.lanes) == 2
+    users = 9
+    compiler.request(wanted, lambda: users).result(60)
+    assert len({lane.number for lane in grammar.lanes}) == 3
+    entered = [grammar.enter() for _ in range(6)]
+    assert [lane.users for lane in grammar.lanes] == [2, 2, 2]
+    for lane in grammar.lanes:
+        assert lane.matcher().consume_tokens([byte + 1 for byte in b"of lanes"])
+    for lane in entered[1:]:
+        grammar.leave(lane)
+    monkeypatch.setattr(limits, "LANES", 1)
+    compiler.request(Structured.choice(["another"]), lambda: 1).result(60)
+    compiler.request(Structured.choice(["another"]), lambda: 9).result(60)
+    assert grammar.lanes == [entered[0]]
+    first = compiler.request(Structured.choice(["at once"]), lambda: 9).result(60)
+    assert len(first.lanes) == 3
 
 
 def test_translation_takes_no_options_from_a_schema() -> None:
