@@ -100,7 +100,10 @@ async def count_tokens(service: Service, scope: Scope, receive: Receive, reply: 
 
 async def _prompt(session: Session, call: Conversation) -> Prompt:
     tools, options = call.for_template(session)
-    return await session.chat_prompt(call.messages, tools=tools, **options)
+    prompt = await session.chat_prompt(call.messages, tools=tools, **options)
+    if call.edits is not None:
+        call.edits.check(len(prompt.tokens))
+    return prompt
 
 
 async def _answer(service: Service, call: MessagesCall, reply: Reply) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from septet.errors import InvalidRequest
 from septet.request import SamplingParams
 from septet.serve.anthropic_cache import checked_marks
+from septet.serve.anthropic_edits import edits_of
 from septet.serve.anthropic_messages import conversation, tool_choice, tool_marks
 from septet.serve.fields import Fields, only, schema_of, table
 from septet.session.reading import Reading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from septet.serve.anthropic_cache import Mark
+    from septet.serve.anthropic_edits import Edits
     from septet.session.session import Session
     from septet.text.parsers.tools import Tool, ToolChoice
 
@@ -29,14 +31,13 @@ __all__ = ["COUNT_SCHEMA", "MESSAGES_SCHEMA", "Conversation", "MessagesCall", "p
 _CONVERSATION = {
     "string": "model",
     "array": "messages tools",
-    "object": "tool_choice thinking output_config output_format cache_control",
+    "object": "tool_choice thinking output_config output_format cache_control context_management",
     "": "system",
 }
 _REFUSED = {
     "speed": only("standard"),
     "container": only(why="code is not run here"),
     "mcp_servers": only([], why="servers of tools are not called from here"),
-    "context_management": only({}, why="a conversation is never edited here"),
     "diagnostics": only(why="misses of the cache are not diagnosed"),
     "fallbacks": only([]),
 }
@@ -69,6 +70,7 @@ class Conversation:
     thinking: bool  # asked for
     effort: str | None = None
     marks: tuple[Mark, ...] = ()  # of cache_control
+    edits: Edits | None = None  # of context_management
 
     @property
     def goes_on(self) -> bool:
@@ -138,6 +140,7 @@ def _conversation(fields: Fields, thinking: bool) -> dict[str, Any]:
         "thinking": thinking,
         "effort": effort,
         "marks": checked_marks([*tool_marks(fields), *marks]),
+        "edits": edits_of(fields, messages) if fields.given("context_management") else None,
     }
 
 

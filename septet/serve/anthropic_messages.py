@@ -60,6 +60,9 @@ def conversation(fields: Fields) -> tuple[list[dict[str, Any]], list[Mark]]:
     if system["content"]:
         plain.append(system)
     for i, message in enumerate(given):
+        if isinstance(message, dict) and message.get("content") == []:
+            where = f"messages[{i}].content"
+            raise InvalidRequest(f"{where} must hold at least one block", param=where)
         for told in _message(f"messages[{i}]", message, names):
             _append(plain, told)
     marks = [Mark(i, chars, ttl_s) for i, told in enumerate(plain) for chars, ttl_s in told.pop(MARKS, ())]

@@ -43,6 +43,7 @@ class Answer:
         self._texts: list[str] = []  # of the open block
         self._blank = ""  # white space that may turn out to stand before a call: no text block is made of that
         self._last: StreamEvent = {}
+        self._edits = {"context_management": {"applied_edits": []}} if call.edits is not None else {}
 
     def start(self) -> StreamEvent:
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
@@ -50,7 +51,9 @@ class Answer:
         return {"type": "message_start", "message": self._head | empty | {"usage": usage | {"output_tokens": 0}}}
 
     def whole(self) -> dict[str, Any]:
-        return self._head | {"content": self._content} | self._last["delta"] | {"usage": self._last["usage"]}
+        return (
+            self._head | {"content": self._content} | self._last["delta"] | {"usage": self._last["usage"]} | self._edits
+        )
 
     def feed(self, event: Event) -> Iterator[StreamEvent]:
         if isinstance(event, TextDelta) and not self._call.only_prompt:
@@ -58,7 +61,7 @@ class Answer:
         elif isinstance(event, Finished):
             yield from self._close()
             self._last = {"type": "message_delta", "delta": self._reason(event), "usage": self._usage(event.usage)}
-            yield self._last
+            yield self._last | self._edits
             yield {"type": "message_stop"}
 
     # -- blocks

@@ -11,6 +11,8 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from septet.errors import EngineDead
+from septet.request import FinishReason
 from septet.serve.context import current
 from septet.serve.errors import DeadlineExceeded
 from septet.session.embed import embed
@@ -39,7 +41,8 @@ async def generate(
     """Events of all prompts as they come. how: `priority`, `cache_salt`, `reading`, as `Session.generate` takes them.
 
     Closing it (or cancelling its reader) aborts what is open. Raises Overloaded before anything is done, and
-    DeadlineExceeded when the request's time is over; errors of the session pass through.
+    DeadlineExceeded when the request's time is over; errors of the session pass through. An answer that the engine
+    ends because it is stopped is no answer: EngineDead.
     """
     context, label = current(), service.label(session)
     tokens = [len(p.tokens) for p in prompts]
@@ -60,6 +63,8 @@ async def generate(
     try:
         async with aclosing(merge(sources)) as events:
             async for number, event in _until(events, context.deadline if context is not None else None):
+                if isinstance(event, Finished) and event.reason is FinishReason.ABORT:
+                    raise EngineDead("the server was stopped before this answer was complete")
                 _note(context, ticket, event)
                 track.saw(number, event)
                 yield number, event

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["FixedModels", "ModelCard", "Models", "Running"]
 
 
+PLACEHOLDERS = ("tgi", "dummy")
+"""What TGI's documentation and clients call the model of a server that has one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What is told of a model without loading it."""
@@ -114,7 +118,8 @@ class FixedModels:
         return [ModelCard(name=n, root=root, created=self.created, max_model_len=length) for n in self.names]
 
     def find(self, name: str | None) -> LocalModel:
-        if name is not None and name not in self.names and name.removesuffix(":latest") not in self.names:
+        known = name is None or name in self.names or name.removesuffix(":latest") in self.names
+        if not known and name not in PLACEHOLDERS:
             raise not_found(name, self.names)
         if self.session.origin is not None:
             return replace(self.session.origin, name=name or self.names[0])

@@ -83,8 +83,8 @@ class RestartedModel(FixedModels):
         log.warning("starting the engine again")
         try:
             self.session = await self._start()
-        except SeptetError as error:
-            log.error("the engine could not be started again: %s", error.message)
+        except Exception as error:  # also what the system refuses: no memory, no descriptors
+            log.error("the engine could not be started again: %s", error, exc_info=not isinstance(error, SeptetError))
             await asyncio.sleep(1.0)
             return
         self.restarts += 1

@@ -120,13 +120,22 @@ async def serve(app: ASGIApp, service: Service, sock: socket.socket, on_ready: C
     server = Server(config)
     async with _beside(service, server):
         await server.serve(sockets=[sock])
-    return 1 if service.models.dead else 0
+    return 1 if service.models.dead or service.unwatched else 0
+
+
+def _watch_ended(service: Service, server: Any, watch: asyncio.Task[None]) -> None:
+    """A server that nobody watches any more ends, rather than to look alive with a dead engine."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        log.error("the watch over the engines failed; ending", exc_info=error)
+        service.unwatched = server.should_exit = True
 
 
 @contextlib.asynccontextmanager
 async def _beside(service: Service, server: Any) -> AsyncGenerator[None, None]:
     """What goes on while requests are served: the watch over the engines, and batches."""
     watches = [asyncio.create_task(_end_with_engine(service, server)), asyncio.create_task(_end_stalled(service))]
+    for watch in watches:
+        watch.add_done_callback(partial(_watch_ended, service, server))
     try:
         service.batches.resume()
         yield

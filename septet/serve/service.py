@@ -66,6 +66,7 @@ class Service:
         self.access_log: AccessLog | None = None
         self.tracing: Tracing | None = None
         self.draining = False
+        self.unwatched = False  # a watch over the engines has failed
 
     @cached_property
     def batches(self) -> Batches:

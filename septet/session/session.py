@@ -121,6 +121,8 @@ class Session:
                 f"{self.model_name} has no chat template; use a plain prompt (/v1/completions, LLM.generate)",
                 param="messages",
             )
+        variables = getattr(self.template, "variables", frozenset())
+        options = {k: v for k, v in options.items() if k in variables or not _asks_nothing(k, v)}
         if self.reply_format is not None:
             known = [Tool.of(tool) for tool in tools or ()]
             messages = self.reply_format.conversation(messages, known)
@@ -362,3 +364,8 @@ class Session:
         async with aclosing(self.client.generate(following)) as updates:
             async for update in updates:
                 yield update
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Of a model that does not think: how much it should, and that it should not."""
+    return name == "reasoning_effort" or (name in ("enable_thinking", "thinking") and value is False)

@@ -377,3 +377,45 @@ def test_bodies_that_are_none(path: str, body: bytes, kind: str, status: int) ->
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert ask(app_of(max_body_bytes=10), "POST", path, json=HI).json()["error"]["type"] == "request_too_large"
+
+
+@pytest.mark.parametrize("path", [PATH, PATH + "/count_tokens"])
+@pytest.mark.parametrize("content", [[], {}, None])
+def test_a_message_of_nothing_is_refused(path: str, content: Any) -> None:
+    response = post({**HI, "messages": [{"role": "user", "content": content}]}, path=path)
+    assert response.status_code == 400
+    assert "messages[0].content" in response.json()["error"]["message"]
+
+
+KEEP = {"type": "clear_thinking_20251015", "keep": "all"}
+CLEAR = {"type": "clear_tool_uses_20250919"}
+
+
+@pytest.mark.parametrize("edits", [[], [KEEP], [KEEP, CLEAR], [CLEAR | {"trigger": {"type": "tool_uses", "value": 1}}]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_edits_that_change_nothing_are_taken_and_told(edits: list[Any], stream: bool) -> None:
+    response = post({**HI, "context_management": {"edits": edits}, "stream": stream})
+    assert response.status_code == 200, response.text
+    told = events_of(response)[-2] if stream else response.json()
+    assert told["context_management"] == {"applied_edits": []}
+
+
+@pytest.mark.parametrize(
+    "edit", [KEEP | {"keep": {"type": "thinking_turns", "value": 1}}, {"type": "compact_20260112"}, "x", {}]
+)
+def test_edits_that_would_change_something_are_refused_by_name(edit: Any) -> None:
+    response = post({**HI, "context_management": {"edits": [edit]}})
+    assert response.status_code == 400
+    assert "context_management" in response.json()["error"]["message"]
+
+
+def test_tool_uses_to_be_cleared_are_refused_from_their_trigger_on() -> None:
+    used = [
+        *HI["messages"],
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "fine"}]},
+    ]
+    for value, status in ((5, 400), (100_000, 200)):
+        edit = CLEAR | {"trigger": {"type": "input_tokens", "value": value}}
+        body = {**HI, "messages": used, "tools": TOOLS, "context_management": {"edits": [edit]}}
+        assert posted(body, Teachable("ok", eos=True)).status_code == status

@@ -377,3 +377,15 @@ def test_version() -> None:
     import septet
 
     assert ask(app_of(), "GET", "/version").json() == {"version": septet.__version__}
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy"])
+def test_a_server_of_one_model_answers_to_the_names_that_tgis_clients_send(name: str) -> None:
+    assert post(CHAT, {**HI, "model": name}).json()["model"] == name
+
+
+def test_what_a_model_that_does_not_think_need_not_be_told_is_ignored() -> None:
+    quiet = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}
+    assert post(CHAT, HI | quiet).status_code == 200
+    loud = post(CHAT, HI | {"chat_template_kwargs": {"enable_thinking": True}})
+    assert (loud.status_code, loud.json()["error"]["param"]) == (400, "chat_template_kwargs")

@@ -14,8 +14,9 @@ import pytest
 from septet.engine.pulse import Pulse
 from septet.errors import InvalidRequest
 from septet.serve.access_log import AccessLog
-from septet.serve.app import Service, Settings, create_app
+from septet.serve.app import Service, Settings, bind, create_app, serve_forever
 from septet.serve.keys import Key, Keys, digest_of
+from septet.serve.restart import RestartedModel
 from septet.serve.running import check_tls
 from septet.serve.tracing import Tracing
 from tests.fakes import FakeClient, session
@@ -244,3 +245,39 @@ def test_https_with_a_certificate(tmp_path: Path) -> None:
         assert httpx.get(root + "/health", verify=ssl.create_default_context(cafile=str(cert))).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(server.root + "/health")
+
+
+def test_a_restart_that_the_system_refuses_counts_as_a_death_and_is_given_up_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse() -> Any:
+        raise OSError("no memory")
+
+    async def go() -> None:
+        monkeypatch.setattr("septet.serve.restart.WATCH_S", 0.001)
+        pauses = asyncio.sleep
+        monkeypatch.setattr("septet.serve.restart.asyncio.sleep", lambda s: pauses(min(s, 0.001)))
+        client = FakeClient()
+        models = RestartedModel(session(client), ["m"], refuse)
+        client.dead = True
+        async with asyncio.timeout(20):
+            while not models.dead:
+                await pauses(0.001)
+        await models.close()
+
+    asyncio.run(go())
+
+
+def test_a_watch_that_fails_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(service: Service) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("septet.serve.running._end_stalled", fail)
+    service = Service(session(FakeClient()), Settings())
+    sock = bind("127.0.0.1", 0)
+
+    async def go() -> int:
+        async with asyncio.timeout(30):
+            return await serve_forever(service, sock)
+
+    assert asyncio.run(go()) == 1
