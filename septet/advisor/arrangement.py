@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from septet.advisor.estimate import REQUEST_S
 from septet.config import EngineConfig
 from septet.engine.sizing import resolve_sizes
 from septet.errors import InvalidRequest, OutOfMemory
@@ -37,6 +38,7 @@ class Arrangement:
     kv_tokens: int  # that a replica's pool holds
     streams: int  # at most
     step_tokens: int = STEP_TOKENS
+    request_s: float = 0.0  # from a client to the scheduler and back
 
     @property
     def devices(self) -> int:
@@ -93,6 +95,7 @@ def of_card(model: Estimator, length: int, pp: int = 1) -> Arrangement:
         weights=model.weight_bytes,
         kv_tokens=held,
         streams=min(MAX_STREAMS * pp, held // length),
+        request_s=REQUEST_S,
     )
 
 

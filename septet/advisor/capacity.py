@@ -240,8 +240,8 @@ def _at_load(arrangement: Arrangement, demand: Demand, card: Hardware, replicas:
 
 
 def _times(a: Arrangement, demand: Demand, rows: float) -> tuple[float, float, float, float]:
-    """(wait for the step under way and for those before it, the step that computes the prompt, a step with what it
-    computes of prompts on average, prompts' share of the time), seconds, with `rows` answers open."""
+    """(the way there and the wait for the step under way and for those before it, the step that computes the prompt, a
+    step with what it computes of prompts on average, prompts' share of the time), seconds, with `rows` answers open."""
     lane = max(1.0, rows / a.pp)  # of each of the batches that go through a pipeline
     fresh = demand.prompt - demand.shared
     context, begins = lane * (demand.prompt + demand.output / 2), rows / a.pp / demand.output
@@ -249,7 +249,7 @@ def _times(a: Arrangement, demand: Demand, rows: float) -> tuple[float, float, f
     step = step_s(Work(lane, context, begins * fresh, begins * pairs))
     own = step_s(Work(lane, context, fresh, pairs))
     used = min(rows / a.streams, 0.95)
-    queue = step / 2 + own * begins * used / (2 * (1 - used))
+    queue = a.request_s + step / 2 + own * begins * used / (2 * (1 - used))
     return queue, own, step, max(0.0, 1 - step_s(Work(lane, context)) / step)
 
 
@@ -294,6 +294,7 @@ def _simulated(a: Arrangement, option: Option, demand: Demand) -> Checked:
         kv_slots=a.kv_tokens // a.pp,
         max_num_seqs=max(1, a.streams // a.pp),
         max_num_batched_tokens=a.step_tokens,
+        request_s=a.request_s,
         max_model_len=demand.prompt + demand.output + 1,
     )
     outcome = simulate(fleet, poisson(n, option.requests_per_s / lanes, lengths, seed=1))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from septet.advisor.hardware import Hardware
     from septet.config import ModelConfig
 
-__all__ = ["QUANTS", "Estimator", "StepModel", "Work"]
+__all__ = ["QUANTS", "REQUEST_S", "Estimator", "StepModel", "Work"]
 
 QUANTS = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.53}  # bytes per weight, scales included
 READ_SHARE = 0.97  # of the read rate, weights
@@ -29,6 +29,7 @@ ATTENTION_SHARE = 0.38  # of the matrix rate, prompts' attention
 LAYER_S = {1: 11e-6, 2: 25e-6}  # launches of a layer, one token and more
 HOST_S, HOST_ROW_S = 0.2e-3, 6e-6  # scheduling, launching, reading back: overlaps the device
 ROW_S = 1.2e-6  # of a decoding row: its logits, its draw
+REQUEST_S = 1.7e-3  # of a request: client, processes, host (one of 128 tokens on a 1B and an 8B, first token)
 LINK_LATENCY_S = 10e-6  # of an all-reduce
 
 

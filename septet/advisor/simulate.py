@@ -55,6 +55,7 @@ class Fleet:
     chunked_prefill: bool = True  # False: a prompt is never cut, however long the others wait for it
     prefill_replicas: int = 0
     hand_over_s: float = 0.0  # per prompt token, when prefill and decode are apart
+    request_s: float = 0.0  # from a client to the scheduler and back
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
@@ -182,11 +183,11 @@ class Simulation:
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, arrivals: Iterable[Arrival]) -> Outcome:
         waiting = iter(arrivals)
-        upcoming = next(waiting, None)
+        upcoming, way = next(waiting, None), self.fleet.request_s
         while upcoming is not None or self.events:
-            if upcoming is not None and (not self.events or upcoming.at <= self.events[0][0]):
+            if upcoming is not None and (not self.events or upcoming.at + way <= self.events[0][0]):
                 arrived, upcoming = upcoming, next(waiting, None)
-                self.now, self.next_arrival = arrived.at, math.inf if upcoming is None else upcoming.at
+                self.now, self.next_arrival = arrived.at + way, math.inf if upcoming is None else upcoming.at + way
                 self._arrive(arrived)
             else:
                 when, _, number, what = heapq.heappop(self.events)

@@ -12,7 +12,7 @@ import click
 
 from septet.advisor.arrangement import STEP_TOKENS, check_tp, fitting
 from septet.advisor.calibrate import load
-from septet.advisor.estimate import Estimator
+from septet.advisor.estimate import REQUEST_S, Estimator
 from septet.advisor.simulate import Fleet
 from septet.errors import InvalidRequest
 
@@ -141,6 +141,7 @@ def _estimated_fleet(step_model: Estimator, arrivals: list[Arrival], given: dict
         step_model=step_model,
         kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=STEP_TOKENS),
         max_model_len=longest + 1,
+        request_s=REQUEST_S,
         hand_over_s=step_model.kv_bytes / (step_model.hardware.link_gb_s * 1e9),
         **_chosen(given),
     )
