@@ -1,9 +1,9 @@
 """How long a step takes on a machine, by arithmetic with a few constants that measurement has set.
 
-Used by `capacity.py` and `simulate.py`. A step reads its weights once and multiplies them with all its tokens (the two
-overlap, imperfectly: the root of the sum of their squares), reads the keys and values of its decoding rows, attends
-within its prompts, and pays for each layer's launches. The constants are fits to `benchmarks/results/h100`: twelve
-figures of two shapes, the worst 10 % off (tests/unit/test_advisor_estimate.py). Elsewhere they are assumed.
+Used by `capacity.py` and `simulate.py`. A step reads its weights once and multiplies them with all its tokens (on GPUs
+the two overlap, imperfectly: the root of the sum of their squares), reads the keys and values of its decoding rows,
+attends within its prompts, and pays for each layer's launches. The constants are fits to `benchmarks/results/h100`:
+twelve figures of two shapes, the worst 10 % off (tests/unit/test_advisor_estimate.py). Elsewhere they are assumed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ class Estimator:
         if not tokens:
             return 0.0
         computing = tokens * t.token - prefill * t.head
-        device = (t.reading**2 + computing**2) ** 0.5
+        if self.hardware.kind == "cpu":  # its cores do one or the other
+            device = t.reading + computing
+        else:
+            device = (t.reading**2 + computing**2) ** 0.5
         device += work.context * t.context + work.pairs * t.pair + prefill * t.elementwise
         device += (t.one if tokens == 1 else t.several) + tokens * t.link + ROW_S * rows
         return max(device, HOST_S + HOST_ROW_S * rows)

@@ -14,6 +14,7 @@ from septet.advisor.arrivals import Arrival
 from septet.advisor.estimate import REQUEST_S, Estimator, Work
 from septet.advisor.hardware import hardware, model_shape
 from septet.advisor.simulate import Fleet, simulate
+from septet.config import ModelConfig
 from septet.errors import InvalidRequest
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100"
@@ -80,6 +81,26 @@ def test_whole_workloads_are_simulated_within_15_percent(shape: str) -> None:
     shared, _ = simulated(shape, [Arrival(0.0, 4160, 16, 1, 4096)] * 10)
     off = 1e3 * shared / measured(shape, "w4_shared4k_x10_ms")
     assert off == pytest.approx({"1b": 0.63, "8b": 1.0}[shape], rel=0.15), "the 1B's miss is told by every plan"
+
+
+def test_two_cpu_cores_are_predicted_within_15_percent() -> None:
+    """SmolLM2 135M in 4-bit blocks, as `benchmarks/results/cpu/c1-c5-zen3.json` holds it."""
+    file = json.loads((RESULTS.parent / "cpu" / "c1-c5-zen3.json").read_text())["files"]["smollm2 Q4_0"]
+    seen = {name: statistics.mean(values) for name, values in file["sides"]["septet"].items()}
+    config = ModelConfig(
+        architecture="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+        num_kv_heads=3, head_dim=64, norm_eps=1e-5, max_position=8192, tie_embeddings=True,
+    )  # fmt: skip
+    model = Estimator(config, hardware("cpu"), weights=file["n_bytes"])
+    said = {
+        "tg128": 1 / model.step_s(Work.of([80], [])),
+        "b8": 8 / model.step_s(Work.of([48] * 8, [])),
+        "b32": 32 / model.step_s(Work.of([48] * 32, [])),
+        "pp512": 512 / model.step_s(Work.of([], [(0, 512)])),
+    }
+    errors = {name: rate / seen[name] - 1 for name, rate in said.items()}
+    print({name: f"{error:+.1%}" for name, error in errors.items()})
+    assert {name: error for name, error in errors.items() if abs(error) > 0.15} == {}
 
 
 def test_memory_is_what_the_engine_allocated() -> None:
