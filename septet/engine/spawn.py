@@ -86,8 +86,12 @@ class EngineProcess:
 
 
 def _child_env(environ: dict[str, str]) -> dict[str, str]:
-    """The parent's environment with thread counts, and with this package importable where it is not installed."""
+    """The parent's environment with thread counts, and with this package importable where it is not installed.
+
+    PyTorch looks for no packages of other devices: that reads the metadata of everything installed.
+    """
     environ.update(thread_env(environ, usable_cpus()))
+    environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     root = str(Path(septet.__file__).parent.parent)
     if root not in site.getsitepackages():
         environ["PYTHONPATH"] = os.pathsep.join(part for part in (environ.get("PYTHONPATH"), root) if part)

@@ -51,6 +51,16 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_run_starts_its_engine_before_it_imports_what_may_come_later() -> None:
+    code = (
+        "import sys, septet.cli.run, septet.engine.spawn\n"
+        "late = {'asyncio', 'msgspec', 'numpy', 'torch', 'septet.cli.terminal', 'septet.engine.loop'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["pull", "list", "show", "rm"])
 def test_each_command_has_its_own_help(name: str) -> None:
     result = septet(name, "--help")
@@ -107,7 +117,7 @@ def test_terms_in_html_are_shown_as_text(store: Store) -> None:
 
 
 def test_the_chats_history_lies_in_the_home_that_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from septet.cli.run import _history_file
+    from septet.cli.terminal import _history_file
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SEPTET_HOME", "~/models")
