@@ -14,10 +14,12 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +45,13 @@ class Seen:
     tokens: int = 0
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)  # longest silence within each stream
+    answers: Counter[int] = field(default_factory=Counter)  # complete ones by client
+
+    def fairness(self, clients: int) -> float:
+        """Jain's index over the clients' answers: 1 = all got as many, 1 / clients = one got them all."""
+        counts = [self.answers[number] for number in range(clients)]
+        squares = sum(count * count for count in counts)
+        return sum(counts) ** 2 / (clients * squares) if squares else 0.0
 
 
 @dataclass
@@ -60,6 +69,14 @@ class Memory:
                 pages += int(file.read().split()[1])
         self.resident.append((time.monotonic(), pages * PAGE))
         self.descriptors.append(len(os.listdir(f"/proc/{self.pids[0]}/fd")))
+
+    def slope(self) -> float:
+        """MiB a minute over the second half, by least squares: what is filled once is over by then."""
+        half = self.resident[len(self.resident) // 2 :]
+        if len(half) < 3:
+            return 0.0
+        minutes = [(at - half[0][0]) / 60 for at, _ in half]
+        return statistics.linear_regression(minutes, [size / 2**20 for _, size in half]).slope
 
     def growth(self) -> float:
         """Of the last third over the middle one: the first fills pools and caches."""
@@ -87,7 +104,7 @@ class Soak:
         while time.monotonic() < self.ends_at:
             body, expected = self._body()
             try:
-                await self._ask(body, expected)
+                self.seen.answers[number] += await self._ask(body, expected)
             except (OSError, asyncio.IncompleteReadError, ValueError) as error:
                 self.seen.broken.append(f"client {number}: {type(error).__name__} {error}")
                 await asyncio.sleep(0.5)
@@ -115,7 +132,8 @@ class Soak:
             }
         return body, "answer"
 
-    async def _ask(self, body: dict[str, Any], expected: str) -> None:
+    async def _ask(self, body: dict[str, Any], expected: str) -> bool:
+        """Whether a whole answer came."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             data = json.dumps(body).encode()
@@ -132,11 +150,12 @@ class Soak:
             elif status != 200:
                 raise ValueError(f"status {status}: {(await reader.read(2000))[-300:]!r}")
             else:
-                await self._read(reader, asked, leave=expected == "leave")
+                return await self._read(reader, asked, leave=expected == "leave")
+            return False
         finally:
             writer.close()
 
-    async def _read(self, reader: asyncio.StreamReader, asked: float, *, leave: bool) -> None:
+    async def _read(self, reader: asyncio.StreamReader, asked: float, *, leave: bool) -> bool:
         last, gap, n = asked, 0.0, 0
         while line := await reader.readline():
             if not line.startswith(b"data:"):
@@ -146,7 +165,7 @@ class Soak:
                 self.seen.complete += 1
                 self.seen.tokens += n
                 self.seen.gaps.append(gap)
-                return
+                return True
             if b'"error"' in line:
                 raise ValueError(line[:300].decode(errors="replace"))
             if b'"content":"' in line and b'"content":""' not in line:
@@ -157,7 +176,7 @@ class Soak:
                 last, n = now, n + 1
                 if leave and n > 1:
                     self.seen.left += 1
-                    return
+                    return False
         raise ValueError("a stream ended without [DONE]")
 
 
@@ -217,6 +236,10 @@ def verdict(seen: Seen, memory: Memory, left: dict[str, float], options: argpars
         told.append("no stream was completed")
     if memory.growth() > options.max_growth:
         told.append(f"memory grew by {100 * memory.growth():.1f} % from the middle third to the last")
+    if memory.slope() > options.max_slope:
+        told.append(f"memory grew by {memory.slope():.1f} MiB a minute over the second half")
+    if starved := sum(not seen.answers[number] for number in range(options.streams)):
+        told.append(f"{starved} of {options.streams} clients got no answer at all")
     told += [f"{name} is {value:g} after the end, not 0" for name, value in left.items() if value != 0]
     return told
 
@@ -227,6 +250,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--max-growth", type=float, default=0.05)
+    parser.add_argument("--max-slope", type=float, default=15.0, help="MiB a minute, second half")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--flags", default=FLAGS, help="more flags of septet serve")
@@ -261,10 +285,16 @@ def main() -> int:
         "tokens_per_s": round(seen.tokens / wall, 1),
         "ttft_s": {f"p{p}": round(percentile(seen.ttft, p / 100), 2) for p in (50, 99, 100)},
         "longest_silence_s": {f"p{p}": round(percentile(seen.gaps, p / 100), 2) for p in (50, 99, 100)},
+        "answers_by_client": {
+            "least": min(seen.answers[i] for i in range(options.streams)),
+            "most": max(seen.answers.values(), default=0),
+        },
+        "fairness": round(seen.fairness(options.streams), 3),
         "http_process_share": round(http / (http + engine), 3),
         "http_process_s": round(http, 1),
         "resident_mib": [round(size / 2**20) for _, size in memory.resident[:: max(1, len(memory.resident) // 10)]],
         "growth": round(memory.growth(), 4),
+        "slope_mib_per_minute": round(memory.slope(), 2),
         "verdict": broken or "every promise held",
     }
     print(json.dumps(figures, indent=1))

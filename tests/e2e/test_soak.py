@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def test_every_one_of_many_streams_ends_and_nothing_stays_behind(tmp_path: Path, smollm2_path: Path) -> None:
     figures = tmp_path / "soak.json"
     command = [sys.executable, "-m", "septet.bench.soak", "--streams", "64", "--seconds", "40", "--max-growth", "0.15"]
+    command += ["--max-slope", "200"]  # of twenty seconds: what loads once is in them
     command += [
         "--flags",
         "--kernels native --num-kv-slots 4096",

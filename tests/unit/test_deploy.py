@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,87 @@ def test_units_images_and_compose_files_use_flags_that_exist() -> None:
     assert stop is not None
     assert kill is not None
     assert int(stop[1]) < int(kill[1]), "systemd must not cut a drain"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, the rest) of the Dockerfile, continued lines joined."""
+    text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker/Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines]
+
+
+def test_the_image_is_built_of_what_is_there_and_pinned_and_serves_as_nobody_special() -> None:
+    told = instructions()
+    root = DEPLOY.parent
+    assert not {"ADD", "MAINTAINER", "ONBUILD"} & {name for name, _ in told}
+    for name, rest in told:
+        if name == "FROM":
+            assert re.fullmatch(r"[a-z]+:(?!latest)[\w.-]+( AS \w+)?", rest), rest
+        elif name == "COPY" and not rest.startswith("--from"):
+            *sources, _ = rest.split()
+            assert all((root / source).exists() for source in sources), rest
+        elif name == "RUN" and "apt-get install" in rest:
+            assert "--no-install-recommends" in rest
+            assert "rm -rf /var/lib/apt/lists/*" in rest
+        elif name in ("ENTRYPOINT", "CMD"):
+            assert json.loads(rest), "the exec form: signals reach the server"
+    last = max(i for i, (name, _) in enumerate(told) if name == "FROM")
+    user = next(i for i, (name, _) in enumerate(told) if name == "USER")
+    assert last < user
+    assert not any(name == "RUN" and "pip install" in rest for name, rest in told[last:]), "no compiler in the image"
+
+
+def test_probes_of_the_image_ask_a_public_route_on_the_port_it_serves() -> None:
+    from septet.serve.operations import OPERATIONS
+
+    told = dict(instructions())
+    asked = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", told["HEALTHCHECK"])
+    assert asked is not None
+    assert asked[1] == told["EXPOSE"] == str(Settings().port)
+    assert asked[2] in OPERATIONS.public
+
+
+def test_the_compose_file_mounts_what_is_there_and_publishes_to_loopback_alone() -> None:
+    file = DEPLOY / "docker/compose.yaml"
+    compose = yaml.safe_load(file.read_text())
+    for name, service in compose["services"].items():
+        assert "build" in service or re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"]), name
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ()))
+        assert set(service.get("depends_on", ())) <= set(compose["services"])
+        for mount in service.get("volumes", ()):
+            source = mount.split(":")[0]
+            assert source in compose["volumes"] or (file.parent / source).exists(), mount
+        for config in service.get("configs", ()):
+            assert config["source"] in compose["configs"]
+    septet = compose["services"]["septet"]
+    assert (file.parent / septet["build"]["context"] / septet["build"]["dockerfile"]).is_file()
+    assert (septet["read_only"], septet["cap_drop"]) == (True, ["ALL"])
+    scrape = yaml.safe_load(compose["configs"]["prometheus"]["content"])
+    [target] = scrape["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target.split(":")[0] in septet["command"], "or the server refuses this Host"
+
+
+def test_grafana_finds_its_dashboard_and_its_data() -> None:
+    board = json.loads((DEPLOY / "grafana/septet.json").read_text())
+    [source] = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/septet.yaml").read_text())["providers"]
+    compose = (DEPLOY / "docker/compose.yaml").read_text()
+    assert source["url"] == "http://prometheus:9090"
+    assert f":{provider['options']['path']}/septet.json:ro" in compose
+    places = [tuple(panel["gridPos"][k] for k in "xywh") for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+    assert all(x + w <= 24 for x, _, w, _ in places)
+    assert len({panel["id"] for panel in board["panels"]}) == len(places)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "septet.service"
+    text = (DEPLOY / "systemd/septet.service").read_text()
+    unit.write_text(text.replace("/opt/septet/bin/septet", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    told = [line for line in done.stderr.splitlines() if "septet.service" in line]
+    assert told == []
 
 
 def test_labels_tell_models_apart() -> None:
