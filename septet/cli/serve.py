@@ -16,6 +16,7 @@ import click
 from septet.cli.engine_options import Bytes, engine_options
 from septet.cli.many import KeepAlive, Many, pool_of
 from septet.cli.server_options import server_options, take_server
+from septet.engine.spawn import EngineProcess
 from septet.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -70,12 +71,18 @@ def serve(
 
 
 async def _serve(many: Many, server: Server, options: dict[str, Any]) -> int:
-    from septet.serve.app import Service, bind, serve_forever
-
     settings = server.settings
-    sock = bind(settings.host, settings.port)
+    engine = None if many.wanted else EngineProcess.spawn(warm=True)  # loads its libraries while this one does
     try:
-        async with _models(many, server, options) as models:
+        from septet.serve.app import Service, bind, serve_forever
+
+        sock = bind(settings.host, settings.port)
+    except BaseException:
+        if engine is not None:
+            engine.discard()
+        raise
+    try:
+        async with _models(many, server, options, engine) as models:
             service = Service(models, settings, server.keys)
             port = sock.getsockname()[1]
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -94,8 +101,10 @@ async def _serve(many: Many, server: Server, options: dict[str, Any]) -> int:
 
 
 @asynccontextmanager
-async def _models(many: Many, server: Server, options: dict[str, Any]) -> AsyncIterator[Any]:
-    """One session that stays, or the pool."""
+async def _models(
+    many: Many, server: Server, options: dict[str, Any], engine: EngineProcess | None
+) -> AsyncIterator[Any]:
+    """One session that stays, over `engine`, or the pool."""
     names = server.settings.served_names
     if many.wanted:
         if names:
@@ -105,7 +114,7 @@ async def _models(many: Many, server: Server, options: dict[str, Any]) -> AsyncI
         return
     from septet.cli.terminal import started
 
-    async with started(many.names[0], options) as session:
+    async with started(many.names[0], options, engine) as session:
         print_choices(session)
         if not server.restarts:
             yield session
