@@ -39,6 +39,7 @@ class Arrangement:
     streams: int  # at most
     step_tokens: int = STEP_TOKENS
     request_s: float = 0.0  # from a client to the scheduler and back
+    overlap: bool = False  # step N + 1 is planned while N runs
 
     @property
     def devices(self) -> int:
@@ -96,6 +97,7 @@ def of_card(model: Estimator, length: int, pp: int = 1) -> Arrangement:
         kv_tokens=held,
         streams=min(MAX_STREAMS * pp, held // length),
         request_s=REQUEST_S,
+        overlap=model.hardware.kind != "cpu",
     )
 
 
@@ -114,6 +116,7 @@ def of_calibration(measured: Calibration, length: int) -> Arrangement:
         kv_tokens=measured.kv_slots,
         streams=min(measured.max_num_seqs, measured.kv_slots // length),
         step_tokens=measured.max_num_batched_tokens,
+        overlap=measured.overlap,
     )
 
 

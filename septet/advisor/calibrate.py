@@ -40,6 +40,7 @@ class Calibration:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    overlap: bool = False  # step N + 1 is planned while N runs
     bends: tuple[tuple[float, float], ...] = ()  # (rows, factor of step + row), rows ascending: kernels work in tiles
 
     def step_s(self, work: Work) -> float:
@@ -74,8 +75,8 @@ def load(path: Path) -> Calibration:
         given = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path.name} is no calibration: {error}", param="calibration") from None
-    known = {f.name: f.type for f in fields(Calibration) if f.name != "bends"}
-    bent = given.pop("bends", []) if isinstance(given, dict) else []
+    known = {f.name: f.type for f in fields(Calibration) if f.name not in ("bends", "overlap")}
+    bent, overlap = (given.pop("bends", []), given.pop("overlap", False)) if isinstance(given, dict) else ([], False)
     if not isinstance(given, dict) or set(given) != set(known):
         wrong = sorted(set(known) ^ set(given)) if isinstance(given, dict) else ["no JSON object"]
         raise InvalidRequest(
@@ -95,7 +96,11 @@ def load(path: Path) -> Calibration:
             f"{path.name}: bends are pairs of numbers above 0, the first ones ascending, not {json.dumps(bent)[:60]}",
             param="calibration",
         )
-    found = Calibration(**given, bends=tuple((float(n), float(factor)) for n, factor in bent))
+    if not isinstance(overlap, bool):
+        raise InvalidRequest(
+            f"{path.name}: overlap is true or false, not {json.dumps(overlap)[:40]}", param="calibration"
+        )
+    found = Calibration(**given, overlap=overlap, bends=tuple((float(n), float(factor)) for n, factor in bent))
     if found.step + found.row <= 0:
         raise InvalidRequest(f"{path.name}: a decode step takes no time", param="calibration")
     return found

@@ -249,7 +249,7 @@ def _times(a: Arrangement, demand: Demand, rows: float) -> tuple[float, float, f
     step = step_s(Work(lane, context, begins * fresh, begins * pairs))
     own = step_s(Work(lane, context, fresh, pairs))
     used = min(rows / a.streams, 0.95)
-    queue = a.request_s + step / 2 + own * begins * used / (2 * (1 - used))
+    queue = a.request_s + min(1.0, rows) * step * (1.5 if a.overlap else 0.5) + own * begins * used / (2 * (1 - used))
     return queue, own, step, max(0.0, 1 - step_s(Work(lane, context)) / step)
 
 
@@ -295,6 +295,7 @@ def _simulated(a: Arrangement, option: Option, demand: Demand) -> Checked:
         max_num_seqs=max(1, a.streams // a.pp),
         max_num_batched_tokens=a.step_tokens,
         request_s=a.request_s,
+        overlap=a.overlap,
         max_model_len=demand.prompt + demand.output + 1,
     )
     outcome = simulate(fleet, poisson(n, option.requests_per_s / lanes, lengths, seed=1))

@@ -56,6 +56,7 @@ class Fleet:
     prefill_replicas: int = 0
     hand_over_s: float = 0.0  # per prompt token, when prefill and decode are apart
     request_s: float = 0.0  # from a client to the scheduler and back
+    overlap: bool = False  # step N + 1 is planned while N runs, so that who comes meanwhile is in N + 2 at the soonest
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
@@ -143,6 +144,8 @@ class Replica:
     took: list[float] = field(default_factory=list)  # seconds of each step under way
     ends: list[float] = field(default_factory=list)
     event: int = -1  # the number of the one that ends them
+    fresh: list[str] = field(default_factory=list)  # with overlap: who came since the step under way began,
+    ready: list[str] = field(default_factory=list)  # and since the one before it
     busy_s: float = 0.0
 
 
@@ -227,6 +230,20 @@ class Simulation:
         return min(pool, key=lambda r: r.open)
 
     def _submit(self, replica: Replica, name: str) -> None:
+        replica.open += 1
+        if not replica.busy:
+            self._enter(replica, name)
+            self._start(replica)
+            return
+        if self.fleet.overlap:
+            replica.fresh.append(name)
+        else:
+            self._enter(replica, name)
+        if len(replica.ends) > 1:  # the step under way now is the last without it; arrivals come before ends
+            handed = replica.executor.free_prompts
+            self._cut(replica, (bisect_right if handed else bisect_left)(replica.ends, self.now) + 1)
+
+    def _enter(self, replica: Replica, name: str) -> None:
         served, arrival, tokens = self.requests[name]
         output, handed = arrival.output, replica.executor.free_prompts
         if self.prefillers:  # the first token is drawn where the prompt is computed, the others after it
@@ -242,27 +259,35 @@ class Simulation:
             )
         except InvalidRequest as error:
             served.refused = error.message
-            return
-        replica.open += 1
-        if not replica.busy:
-            self._start(replica)
-        elif len(replica.ends) > 1:  # the step under way now is the last without it; arrivals come before ends
-            self._cut(replica, (bisect_right if handed else bisect_left)(replica.ends, self.now) + 1)
+            replica.open -= 1
 
     # -- steps --------------------------------------------------------------------------------------------------------
     def _start(self, replica: Replica) -> None:
+        for name in replica.ready:
+            self._enter(replica, name)
+        replica.busy = self._step(replica)
+        if not replica.busy and replica.fresh:  # no step was planned meanwhile that they would have to wait for
+            for name in replica.fresh:
+                self._enter(replica, name)
+            replica.fresh = []
+            replica.busy = self._step(replica)
+        replica.ready, replica.fresh = replica.fresh, []
+
+    def _step(self, replica: Replica) -> bool:
+        """The next step, or several alike; False: there is nothing to compute."""
         ahead = replica.scheduler.ahead() if self.leaps else None
         if ahead is not None:
-            replica.busy, replica.result = True, None
-            self._look_ahead(replica, *ahead)
-            self._await(replica)
-        elif (plan := replica.scheduler.plan()) is not None:
+            replica.result = None
+            self._look_ahead(replica, 1 if replica.fresh else ahead.steps, ahead.rows, ahead.context)
+        else:
+            plan = replica.scheduler.plan()
+            if plan is None:
+                return False
             replica.result, work = replica.executor.run(plan)
             seconds = self.fleet.step_model.step_s(work)
-            replica.busy, replica.took, replica.ends = True, [seconds], [self.now + seconds]
-            self._await(replica)
-        else:
-            replica.busy = False
+            replica.took, replica.ends = [seconds], [self.now + seconds]
+        self._await(replica)
+        return True
 
     def _look_ahead(self, replica: Replica, steps: int, rows: int, context: int) -> None:
         """The steps that will follow if nobody comes: one more token of context for each row in each."""

@@ -3,8 +3,9 @@
 Starts the engine as `septet serve` does, in a process of its own, and is its only client (token ids, no text, no HTTP).
 Measures short runs, fits a `Calibration`, replays a Poisson trace with shared prefixes in real time at a share of the
 throughput that the simulation reaches with everybody there at once, simulates the same trace with the same limits, and
-prints predicted against measured percentiles. The trace is not among the runs that were fitted. `--speed` needs no
-engine: how many requests and row-steps a second the simulation itself does.
+prints predicted against measured percentiles. The trace is not among the runs that were fitted. With echo:1000:20 for a
+model the steps of the real engine sleep 20 ms, so that scheduling and queues are checked on a busy machine, too.
+`--speed` needs no engine: how many requests and row-steps a second the simulation itself does.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ async def calibrate(driver: Driver, name: str) -> tuple[Calibration, list[dict[s
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
+        overlap={name: value for name, value, _ in info.choices}.get("overlap", "on") == "on",
     )  # fmt: skip
     made = bends(made, samples)
     shown: list[dict[str, object]] = []
@@ -147,6 +149,7 @@ def fleet(c: Calibration) -> Fleet:
         max_num_seqs=c.max_num_seqs,
         max_num_batched_tokens=c.max_num_batched_tokens,
         max_model_len=c.max_model_len,
+        overlap=c.overlap,
     )
 
 
@@ -209,7 +212,10 @@ async def validate(args: argparse.Namespace) -> dict[str, object]:
     settings = EngineConfig(
         model=path, device="cpu", kernels="native", max_model_len=1024, max_num_seqs=32, num_kv_slots=8192
     )
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cpus[: args.cpus or len(cpus)])  # inherited by the engine, which counts its threads by it
     client = await ProcessClient.start(settings)
+    os.sched_setaffinity(0, cpus)
     try:
         driver = Driver(client)
         others = Neighbours(client.info.pid)
@@ -236,7 +242,14 @@ async def validate(args: argparse.Namespace) -> dict[str, object]:
             )  # fmt: skip
     finally:
         await client.close()
-    return {"calibration": asdict(made), "steps": steps, "load": args.load, "lengths": asdict(LENGTHS), "runs": runs}
+    return {
+        "calibration": asdict(made),
+        "engine_cpus": args.cpus or len(cpus),
+        "steps": steps,
+        "load": args.load,
+        "lengths": asdict(LENGTHS),
+        "runs": runs,
+    }
 
 
 def speed(requests: int) -> dict[str, object]:
@@ -271,12 +284,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="length of a trace")
     parser.add_argument("--traces", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cpus", type=int, help="of the engine [all]; on one, its threads wait for nobody's neighbour")
     parser.add_argument("--speed", action="store_true", help="only the simulation's own rate")
     parser.add_argument("--requests", type=int, default=10_000, help="with --speed: for each core")
     parser.add_argument("--calibration", type=Path, help="write it there, for septet simulate --calibration")
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
-    name = "speed" if args.speed else "validation"
+    name = "speed" if args.speed else "scheduling" if args.model.startswith("echo:") else "validation"
     measured = speed(args.requests) if args.speed else asyncio.run(validate(args))
     found = json.loads(args.json.read_text()) if args.json.exists() else {"benchmark": "simulated"}
     command = f"python -m septet.bench.simulated {' '.join(sys.argv[1:])}".strip()

@@ -142,6 +142,7 @@ def _estimated_fleet(step_model: Estimator, arrivals: list[Arrival], given: dict
         kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=STEP_TOKENS),
         max_model_len=longest + 1,
         request_s=REQUEST_S,
+        overlap=step_model.hardware.kind != "cpu",
         hand_over_s=step_model.kv_bytes / (step_model.hardware.link_gb_s * 1e9),
         **_chosen(given),
     )
@@ -158,5 +159,6 @@ def _measured_fleet(measured: Calibration, given: dict[str, Any]) -> Fleet:
         max_num_seqs=measured.max_num_seqs,
         max_num_batched_tokens=measured.max_num_batched_tokens,
         max_model_len=measured.max_model_len,
+        overlap=measured.overlap,
         **_chosen(given),
     )

@@ -33,7 +33,8 @@ fleets = st.fixed_dictionaries({
     "step_model": st.sampled_from([MODEL, EVEN]), "kv_slots": st.sampled_from([120, 300, 1100, 4000]),
     "max_num_seqs": st.sampled_from([2, 5, 16]), "replicas": st.sampled_from([1, 1, 2, 3]),
     "router": st.sampled_from(ROUTERS), "prefix_caching": st.booleans(), "chunked_prefill": st.booleans(),
-    "prefill_replicas": st.sampled_from([0, 0, 1, 2]), "hand_over_s": st.sampled_from([0.0, 0.0078125, 1e-4]),
+    "prefill_replicas": st.sampled_from([0, 0, 1, 2]),
+    "overlap": st.booleans(), "hand_over_s": st.sampled_from([0.0, 0.0078125, 1e-4]),
 })  # fmt: skip
 
 

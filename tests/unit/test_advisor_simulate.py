@@ -48,6 +48,16 @@ def test_one_request_to_the_millisecond() -> None:
     assert out.steps == 6
 
 
+def test_with_overlap_who_comes_waits_for_the_step_that_is_planned_already() -> None:
+    others = [Arrival(0.0, prompt=10, output=100)]
+    late = [Arrival(0.2251, prompt=10, output=1)]
+    plain, overlapped = (simulate(fleet(overlap=on), others + late).served[1] for on in (False, True))
+    assert plain.ttft == pytest.approx(0.230 - 0.2251 + 0.020)  # the first prompt's step took 20 ms, the others 10
+    assert overlapped.ttft == pytest.approx(plain.ttft + 0.010)
+    alone = simulate(fleet(overlap=True), [Arrival(0.0, 10, 1), Arrival(0.015, 10, 1)]).served[1]
+    assert alone.ttft == pytest.approx(0.005 + 0.020), "nothing is planned behind the last step"
+
+
 def test_whole_prompts_hold_the_others_up() -> None:
     others = [Arrival(0.0, prompt=10, output=100)]
     long = [Arrival(0.05, prompt=400, output=1)]
@@ -214,7 +224,7 @@ def test_bends_go_through_the_measured_decode_steps() -> None:
     [({"row": -1.0}, "row can't be -1"), ({"kv_slots": 1.5}, "kv_slots can't be 1.5"), ({"row": None}, "row can't be"),
      ({"step": 0, "row": 0}, "takes no time"), ({"extra": 1}, "unknown: extra"),
      ({"bends": [[2, 1], [1, 1]]}, "bends are pairs"), ({"bends": [[1, "x"]]}, "bends are pairs"),
-     ({"bends": 5}, "bends are pairs")],
+     ({"bends": 5}, "bends are pairs"), ({"overlap": 1}, "overlap is true or false")],
 )  # fmt: skip
 def test_a_bad_calibration_is_told_by_field(tmp_path: Path, change: dict[str, object], says: str) -> None:
     path = tmp_path / "c.json"
