@@ -61,6 +61,7 @@ class Memory:
     pids: list[int]
     resident: list[tuple[float, int]] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
+    until: float = float("inf")  # when the load ends: then batches shrink, and steps of other sizes load their share
 
     def sample(self) -> None:
         pages = 0
@@ -71,8 +72,9 @@ class Memory:
         self.descriptors.append(len(os.listdir(f"/proc/{self.pids[0]}/fd")))
 
     def slope(self) -> float:
-        """MiB a minute over the second half, by least squares: what is filled once is over by then."""
-        half = self.resident[len(self.resident) // 2 :]
+        """MiB a minute over the load's second half, by least squares: what is filled once is over by then."""
+        loaded = [sample for sample in self.resident if sample[0] <= self.until]
+        half = loaded[len(loaded) // 2 :]
         if len(half) < 3:
             return 0.0
         minutes = [(at - half[0][0]) / 60 for at, _ in half]
@@ -213,6 +215,7 @@ async def soak(root: str, popen: subprocess.Popen[str], options: argparse.Namesp
     with open(f"/proc/{popen.pid}/task/{popen.pid}/children") as file:
         engine = int(file.read().split()[0])
     memory, work = Memory([popen.pid, engine]), Soak(root, options.model, options.seconds, options.seed)
+    memory.until = work.ends_at
 
     async def watch() -> None:
         while True:
@@ -237,7 +240,7 @@ def verdict(seen: Seen, memory: Memory, left: dict[str, float], options: argpars
     if memory.growth() > options.max_growth:
         told.append(f"memory grew by {100 * memory.growth():.1f} % from the middle third to the last")
     if memory.slope() > options.max_slope:
-        told.append(f"memory grew by {memory.slope():.1f} MiB a minute over the second half")
+        told.append(f"memory grew by {memory.slope():.1f} MiB a minute over the load's second half")
     if starved := sum(not seen.answers[number] for number in range(options.streams)):
         told.append(f"{starved} of {options.streams} clients got no answer at all")
     told += [f"{name} is {value:g} after the end, not 0" for name, value in left.items() if value != 0]
@@ -269,7 +272,7 @@ def main() -> int:
             name: metric(root, name) for name in (*names, "septet:audit_failures_total", "septet:failed_steps_total")
         }
         left["descriptors beyond the start"] = max(
-            0.0, len(os.listdir(f"/proc/{popen.pid}/fd")) - memory.descriptors[0]
+            0.0, len(os.listdir(f"/proc/{popen.pid}/fd")) - memory.descriptors[0] - SPARE_FDS
         )
     finally:
         popen.terminate()
