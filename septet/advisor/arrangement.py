@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from septet.advisor.estimate import REQUEST_S
 from septet.config import EngineConfig
-from septet.engine.sizing import resolve_sizes
+from septet.engine.sizing import CPU_SEQS, CPU_STEP_TOKENS, GPU_SEQS, GPU_STEP_TOKENS, resolve_sizes
 from septet.errors import InvalidRequest, OutOfMemory
 
 if TYPE_CHECKING:
@@ -20,10 +20,16 @@ if TYPE_CHECKING:
     from septet.advisor.hardware import Hardware
     from septet.config import ModelConfig
 
-__all__ = ["MAX_STREAMS", "STEP_TOKENS", "Arrangement", "check_tp", "fitting", "of_calibration", "of_card",
-           "paged_waste", "static_waste"]  # fmt: skip
-
-MAX_STREAMS, STEP_TOKENS = 256, 8192
+__all__ = [
+    "Arrangement",
+    "check_tp",
+    "engine_limits",
+    "fitting",
+    "of_calibration",
+    "of_card",
+    "paged_waste",
+    "static_waste",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +43,18 @@ class Arrangement:
     weights: int  # bytes of a replica
     kv_tokens: int  # that a replica's pool holds
     streams: int  # at most
-    step_tokens: int = STEP_TOKENS
+    step_tokens: int
     request_s: float = 0.0  # from a client to the scheduler and back
     overlap: bool = False  # step N + 1 is planned while N runs
 
     @property
     def devices(self) -> int:
         return self.tp * self.pp
+
+
+def engine_limits(card: Hardware) -> tuple[int, int]:
+    """(sequences, tokens of a step) that an engine has there by default."""
+    return (CPU_SEQS, CPU_STEP_TOKENS) if card.kind == "cpu" else (GPU_SEQS, GPU_STEP_TOKENS)
 
 
 def check_tp(config: ModelConfig, card: Hardware, tp: int) -> None:
@@ -87,7 +98,8 @@ def fitting(
 
 def of_card(model: Estimator, length: int, pp: int = 1) -> Arrangement:
     """For sequences of `length` tokens. OutOfMemory: does not fit."""
-    held = fitting(model, max_num_seqs=MAX_STREAMS, max_model_len=length, max_num_batched_tokens=STEP_TOKENS, pp=pp)
+    seqs, step = engine_limits(model.hardware)
+    held = fitting(model, max_num_seqs=seqs, max_model_len=length, max_num_batched_tokens=step, pp=pp)
     return Arrangement(
         quant="file" if model.weights else model.quant,
         tp=model.tp,
@@ -95,7 +107,8 @@ def of_card(model: Estimator, length: int, pp: int = 1) -> Arrangement:
         step_model=model,
         weights=model.weight_bytes,
         kv_tokens=held,
-        streams=min(MAX_STREAMS * pp, held // length),
+        streams=min(seqs * pp, held // length),
+        step_tokens=step,
         request_s=REQUEST_S,
         overlap=model.hardware.kind != "cpu",
     )

@@ -99,8 +99,8 @@ def _lines(made: Plan, title: str) -> list[str]:
     d, b, c = made.demand, made.best, made.checked
     lines = [
         f"{made.model} on {title}, {d.users:,} users ({d.prompt:,} tokens in, {d.shared:,} of them cached, "
-        f"{d.output:,} out, {d.think_s:g} s to think): {b.requests_per_s:,.1f} requests/s, {made.active:,} answers "
-        "under way",
+        f"{d.output:,} out, {d.think_s:g} s to think): {b.requests_per_s:,.1f} requests/s, answers under "
+        f"way {made.active:,}",
         "",
         ("" if b.meets else "NO ARRANGEMENT MEETS THE TARGETS; the closest: ") + _arranged(b),
     ]

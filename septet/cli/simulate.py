@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from septet.advisor.arrangement import STEP_TOKENS, check_tp, fitting
+from septet.advisor.arrangement import check_tp, engine_limits, fitting
 from septet.advisor.calibrate import load
 from septet.advisor.estimate import REQUEST_S, Estimator
 from septet.advisor.simulate import Fleet
@@ -137,9 +137,12 @@ def _chosen(given: dict[str, Any]) -> dict[str, Any]:
 
 def _estimated_fleet(step_model: Estimator, arrivals: list[Arrival], given: dict[str, Any]) -> Fleet:
     longest = max(a.prompt + a.output for a in arrivals)
+    seqs, step = engine_limits(step_model.hardware)
     return Fleet(
         step_model=step_model,
-        kv_slots=fitting(step_model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=STEP_TOKENS),
+        kv_slots=fitting(step_model, max_num_seqs=seqs, max_model_len=longest, max_num_batched_tokens=step),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=step,
         max_model_len=longest + 1,
         request_s=REQUEST_S,
         overlap=step_model.hardware.kind != "cpu",
