@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from septet.advisor.hardware import Hardware, all_hardware, hardware
@@ -116,6 +117,7 @@ def advise(question: Question) -> Advice:
     from septet.advisor.profile import plan_command, profile
 
     ranking, out, silent = _rank(question)
+    own_out = next((each.why for each in out if each.engine == rules()["own"]), "")
     fit = check_fit(question.model, question.users, _machine(question)) if question.machine else Fit()
     contradictions, warnings = _warnings(question, ranking, fit)
     return Advice(
@@ -132,7 +134,7 @@ def advise(question: Question) -> Advice:
             if question.hardware in c.get("for", [question.hardware])
         ),
         changes=_changes(question, ranking),
-        profile=profile(question, fit),
+        profile=profile(question, fit, own_out),
         plan=plan_command(question, fit),
     )
 
@@ -164,6 +166,7 @@ def _machine(question: Question) -> Hardware:
 
 
 # -- the ranking ------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=2048)  # "what would change" asks for the neighbours of each question
 def _rank(question: Question) -> tuple[tuple[Ranked, ...], tuple[Out, ...], tuple[str, ...]]:
     barred = {name: why for name in engines() if (why := _barred(name, question))}
     counted: dict[str, list[Counted]] = defaultdict(list)
@@ -244,7 +247,7 @@ def _cautions(name: str, question: Question) -> tuple[Told, ...]:
     found = [
         Told(c["says"], c["known"], c["source"], ", ".join(c.get("on", {}).values()))
         for c in engines()[name]["cautions"]
-        if question.hardware in c.get("for", [question.hardware])
+        if question.hardware in c.get("for", [question.hardware]) and question.use in c.get("use", [question.use])
     ]
     here, factors = status(name, question.hardware), rules()["points"]["factors"]
     if here.kind in factors:

@@ -20,31 +20,31 @@ __all__ = ["plan_command", "profile"]
 UNNAMED = "MODEL"
 
 
-def profile(question: Question, fit: Fit) -> dict[str, Any]:
-    """{"command", "before", "why", "note"}; without a command, `why` says why there is none."""
+def profile(question: Question, fit: Fit, out: str) -> dict[str, Any]:
+    """{"command", "before", "why", "note"}; without a command, `why` says why there is none.
+
+    out: why Septet is not ranked; "" if it is."""
     own, where = rules()["own"], choices("hardware")[question.hardware]
-    title, here = engines()[own]["title"], status(own, question.hardware)
-    if not here.here:
-        says = "does not run on" if here.kind == "no" else "is not tested on"
-        return _none(f"{title} {says} {where}: {here.note}")
+    if out:
+        return _none(f"{engines()[own]['title']}: {out}")
+    here = status(own, question.hardware)
     if fit.own == "no":
         return _none(
             f"{question.model} does not fit one {hardware(question.machine).title} in what "
             "this release runs: bf16, or a GGUF file"
         )
-    flags: dict[str, str] = {}
     found = [on_class(rules()["profiles"]["use"][question.use], question.hardware)]
-    found += [
-        on_class(e, question.hardware) for p, e in rules()["profiles"]["priority"].items() if p == question.priority
-    ]
-    for entry in found:
-        flags |= entry["flags"]
+    first = rules()["profiles"]["priority"].get(question.priority)
+    if first is not None:  # what matters most has the last word
+        found.append(on_class(first, question.hardware))
+    flags = {flag: value for entry in found for flag, value in entry["flags"].items()}
+    whys = [e["why"] for e in found if not e["flags"] or any(flags[flag] == v for flag, v in e["flags"].items())]
     notes = [f"not tested on {where}: {here.note}"] if here.kind == "assumed" else []
     model, said = _model(question, fit)
     return {
         "command": _command("serve", model, [part for pair in flags.items() for part in pair if part]),
         "before": "; ".join(entry["before"] for entry in found if "before" in entry),
-        "why": "; ".join(entry["why"] for entry in found),
+        "why": "; ".join(whys),
         "note": "; ".join([*said, *notes]),
     }
 
