@@ -45,7 +45,7 @@ from septet.request import Request, SamplingParams
 from septet.structured import Structured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from llguidance import LLMatcher
 
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 N_PROMPT = 128
 DRAW_S = 30e-6
+START_S = 60e-6  # of this thread's time, to have masks made on others
 
 
 class Clock:
@@ -98,6 +99,9 @@ class Device:
 
     def find(self, rows: Sequence[PlanRow], decode: bool) -> Device:
         return self
+
+    def due(self, busy: bool) -> bool:
+        return False
 
     def spare(self, busy: bool) -> bool:
         return False
@@ -163,26 +167,34 @@ class TimedMasks(Masks):
         self.lane_of: dict[int, int] = {}  # by id of the matcher
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:
-        with self.clock.part("fill"):
-            self._each("fill, one row", matchers, lambda i: super(TimedMasks, self).fill([matchers[i]], out[i : i + 1]))
+        self.start(matchers, out)()
+
+    def start(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> Callable[[], None]:
+        one = super().fill
+        began = self.clock.now()
+        took = self._each("fill, one row", matchers, lambda i: one([matchers[i]], out[i : i + 1]))
+        self.clock.parts["fill"].append(took)
+        until = began + took + (START_S if self.n_threads > 1 else 0.0)
+        self.clock.skew += began - self.clock.now() + (START_S if self.n_threads > 1 else took)
+        return lambda: self.clock.wait(until)
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         taken: list[bool] = []
-        with self.clock.part("accept"):
-            one = super().accept
-            self._each("accept, one row", matchers, lambda i: taken.extend(one([matchers[i]], [tokens[i]])))
+        one = super().accept
+        began = self.clock.now()
+        took = self._each("accept, one row", matchers, lambda i: taken.extend(one([matchers[i]], [tokens[i]])))
+        self.clock.parts["accept"].append(took)
+        self.clock.skew += began - self.clock.now() + took
         return taken
 
-    def _each(self, name: str, matchers: Sequence[LLMatcher], do: Any) -> None:
+    def _each(self, name: str, matchers: Sequence[LLMatcher], do: Callable[[int], None]) -> float:
         times = []
-        began = time.thread_time()
         for i in range(len(matchers)):
             start = time.thread_time()
             do(i)
             times.append(time.thread_time() - start)
         self.clock.parts[name] += times
-        took = self._makespan(matchers, times) if self.n_threads > 1 else sum(times)
-        self.clock.skew -= time.thread_time() - began - took
+        return self._makespan(matchers, times) if self.n_threads > 1 else sum(times)
 
     def _makespan(self, matchers: Sequence[LLMatcher], times: list[float]) -> float:
         """Lanes in order, each on the thread that is free first."""
@@ -203,6 +215,9 @@ class Box:
     def __init__(self) -> None:
         self.messages: list[Any] = []
         self.sent: list[Any] = []
+
+    def post(self, message: Any) -> None:
+        self.messages.append(message)
 
     def receive(self, timeout: float | None) -> list[Any]:
         taken, self.messages = self.messages, []
@@ -233,6 +248,7 @@ def run(args: argparse.Namespace, words: Vocabulary, structured: Structured | No
     runner.fetch = type("Copy", (TimedCopy,), {"device": device})
     grammars = Grammars(vocab)
     constraints = runner.constraints = Constraints(grammars, vocab, torch.device("cpu"))
+    constraints.overlaps = args.overlap == "on"
     masks = constraints.library = TimedMasks(clock, args.threads)
     masks.constraints = constraints
     box, limits = (
@@ -243,10 +259,8 @@ def run(args: argparse.Namespace, words: Vocabulary, structured: Structured | No
     )
     scheduler = Scheduler(limits, KVCache(n_rows * (N_PROMPT + steps + 8) + 1), vocab)
     loop = EngineLoop(scheduler, LocalExecutor(runner, depth=2), box, box, grammars=grammars)
-    grammars.notify = box.messages.append
-    grammars.teach(words)
-    compiler: Any = grammars._compiler
-    compiler.max_lanes = args.lanes or args.threads  # this machine's CPUs say nothing
+    grammars.notify = box.post
+    grammars.max_lanes = args.lanes or args.threads  # this machine's CPUs say nothing
     dice = random.Random(0)
     requests = []
     for i in range(n_rows):
@@ -304,6 +318,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--forward-ms", type=float, default=1.3)
     parser.add_argument("--threads", type=int, default=14)
+    parser.add_argument("--overlap", choices=("on", "off"), default="on", help="masks are made beside the loop")
     parser.add_argument("--lanes", type=int, help="of one grammar (as many as threads)")
     parser.add_argument("--schema", type=json.loads, default=ENDLESS, help="must not end before so many steps")
     parser.add_argument("--json", type=Path)

@@ -26,7 +26,7 @@ from septet.errors import InvalidRequest, SeptetError
 from septet.grammar.masks import Masks, mask_words, single_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llguidance import LLMatcher
     from torch import Tensor
@@ -131,6 +131,39 @@ class RowMatcher:
 Bound = tuple[int, int, RowMatcher]  # number of the pick, position, whose
 
 
+class Filling:
+    """Masks in the making. One that turns out to be forced takes its matcher ahead, if `looks`."""
+
+    def __init__(self, buffers: Buffers, free: list[Bound], library: Masks | None, *, looks: bool, later: bool) -> None:
+        self._buffers = buffers
+        self._free = free
+        self._looks = looks
+        self._matchers = [row.matcher for _, _, row in free]
+        self._wait: Callable[[], None] | None = None
+        if free and library is not None:
+            if later:
+                self._wait = library.start(self._matchers, buffers.words)
+            else:
+                library.fill(self._matchers, buffers.words)
+
+    def masks(self) -> TokenMasks:
+        """Waits for them; once."""
+        if self._wait is not None:
+            self._wait()
+        words, free, matchers = self._buffers.words, self._free, self._matchers
+        if self._looks:
+            for i in single_bits(words[: len(free)]).tolist():
+                if not matchers[i].is_error():
+                    free[i][2].force()
+        for i, (_, position, row) in enumerate(free):
+            if matchers[i].is_error():
+                row.fail(_why(matchers[i]))
+                words[i] = -1
+            elif position < row.held_until and position == row.at:
+                _hold_back(words[i], row.end_ids)
+        return self._buffers.masks
+
+
 class Answer:
     """What the grammars say of one step's tokens. `read` waits for the tokens; steps are read in order."""
 
@@ -158,6 +191,7 @@ class Constraints:
         self.grammars = grammars
         self.vocab_size = vocab_size
         self.device = device
+        self.overlaps = device.type == "cuda"  # the loop goes on while masks are made; a CPU would have to share itself
         self.rows: dict[int, RowMatcher] = {}
         self.library: Masks | None = None  # made with the first row
         self._bound: list[Bound] = []  # of the picks that `masks` saw last
@@ -193,6 +227,11 @@ class Constraints:
     def masks(self, spots: Sequence[tuple[int, int]]) -> TokenMasks | None:
         """Masks of the tokens that will be sampled there, (row, position) each, once all sampled before are known;
         None: no need."""
+        filling = self.begin(spots)
+        return filling.masks() if filling is not None else None
+
+    def begin(self, spots: Sequence[tuple[int, int]], *, later: bool = False) -> Filling | None:
+        """The same, to be finished before the next begin. `later`: many of them are made while others work."""
         self._bound = []
         if not self.rows:
             return None
@@ -215,31 +254,13 @@ class Constraints:
         for c, (i, _, _) in enumerate((*free, *forced)):
             line[i] = c
         buffers.line[:] = line
-        self._fill(words, free)
         for c, (_, position, row) in enumerate(forced, len(free)):
             words[c] = 0
             token = row.ahead[position]
             words[c].view(np.uint32)[token >> 5] = 1 << (token & 31)
-        return buffers.masks
-
-    def _fill(self, words: np.ndarray, bound: list[Bound]) -> None:
-        """Masks of open positions. One that turns out to be forced takes its matcher ahead."""
-        if not bound:
-            return
-        assert self.library is not None
-        matchers = [row.matcher for _, _, row in bound]
-        self.library.fill(matchers, words)
         self._steps += 1
-        if len(bound) < MANY_ROWS or not self._steps % LOOK:
-            for i in single_bits(words[: len(bound)]).tolist():
-                if not matchers[i].is_error():
-                    bound[i][2].force()
-        for i, (_, position, row) in enumerate(bound):
-            if matchers[i].is_error():
-                row.fail(_why(matchers[i]))
-                words[i] = -1
-            elif position < row.held_until and position == row.at:
-                _hold_back(words[i], row.end_ids)
+        looks = len(free) < MANY_ROWS or not self._steps % LOOK
+        return Filling(buffers, free, self.library, looks=looks, later=later)
 
     def follow(self, tokens: HostCopy, n_rows: int) -> Answer | None:
         """The tokens of the picks that `masks` has just seen are on their way: taken before the next masks are made."""

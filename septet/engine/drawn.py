@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from septet.step import RowResult, StepResult
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from septet.engine.constraints import Answer
     from septet.engine.staging import HostCopy
 
@@ -31,25 +33,44 @@ class DrawnStep:
 
 @dataclass(slots=True)
 class BoundStep:
-    """The same with rows that follow a grammar."""
+    """The same with rows that follow a grammar: drawn when their masks are there, before the next step is launched."""
 
     step: int
     requests: list[str]
-    tokens: HostCopy
-    answer: Answer  # what the grammars say of the tokens
+    draw: Callable[[], tuple[HostCopy, Answer | None]] | None  # -> the tokens and what the grammars say of them; once
+    drawn: tuple[HostCopy, Answer | None] | None = None
+    error: Exception | None = None
+
+    def finish(self) -> None:
+        """Draw, unless that has happened; an error is the result's."""
+        draw, self.draw = self.draw, None
+        if draw is not None:
+            try:
+                self.drawn = draw()
+            except Exception as error:
+                self.error = error
 
     def result(self) -> StepResult:
-        rows = _rows(self.requests, self.tokens)
-        self.answer.read()
-        for i, verdict in self.answer.verdicts().items():
-            got = rows[i]
-            if got.error is not None:
-                continue
-            if verdict.error is not None:
-                rows[i] = RowResult(got.request, error=verdict.error.message, error_kind=verdict.error.kind)
-            else:
-                got.forced, got.ended = verdict.forced, verdict.ended
+        self.finish()
+        if self.drawn is None:
+            raise self.error or RuntimeError("a step without tokens")
+        tokens, answer = self.drawn
+        rows = _rows(self.requests, tokens)
+        if answer is not None:
+            answer.read()
+            _judge(rows, answer)
         return StepResult(self.step, tuple(rows))
+
+
+def _judge(rows: list[RowResult], answer: Answer) -> None:
+    for i, verdict in answer.verdicts().items():
+        got = rows[i]
+        if got.error is not None:
+            continue
+        if verdict.error is not None:
+            rows[i] = RowResult(got.request, error=verdict.error.message, error_kind=verdict.error.kind)
+        else:
+            got.forced, got.ended = verdict.forced, verdict.ended
 
 
 def _rows(requests: list[str], copy: HostCopy) -> list[RowResult]:

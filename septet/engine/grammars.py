@@ -41,6 +41,7 @@ class Grammars:
     def __init__(self, vocab_size: int, max_waiting: int = 4096) -> None:
         self.vocab_size = vocab_size
         self.max_waiting = max_waiting
+        self.max_lanes = 0  # of one grammar; 0 = as many as threads make masks
         self.notify: Callable[[Any], None] = lambda message: None
         self._compiler: Compiler | None = None
         self._waiting: dict[str, tuple[Request, Future[Grammar]]] = {}
@@ -53,7 +54,7 @@ class Grammars:
         from septet.grammar.masks import mask_threads
 
         if self._compiler is None and len(vocabulary) and vocabulary.eos:
-            self._compiler = Compiler(vocabulary, self.vocab_size, max_lanes=mask_threads())
+            self._compiler = Compiler(vocabulary, self.vocab_size, max_lanes=self.max_lanes or mask_threads())
 
     def wait(self, request: Request) -> None:
         """Take in a constrained request; GrammarReady follows. InvalidRequest or Overloaded: it can't wait here."""

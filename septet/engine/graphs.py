@@ -191,12 +191,16 @@ class StepGraphs:
         """The same, if it is given the row's mask."""
         return info is not None and (info.plain or info.masked)
 
+    def due(self, busy: bool) -> bool:
+        """Would `spare` capture something now? Then nothing of an earlier step may be needed any more."""
+        if self.broken or (busy and not self.wanted):
+            return False
+        return not busy or (time.monotonic() >= self._not_before and self.compiled())
+
     @torch.inference_mode()
     def spare(self, busy: bool) -> bool:
         """Capture one more shape if it is time for that; between steps. False: nothing is left for a pause."""
-        if self.broken:
-            return False
-        if not busy or (self.wanted and time.monotonic() >= self._not_before and self.compiled()):
+        if self.due(busy):
             self._capture_next(busy)
         return not self.broken and bool(self._todo or self.wanted)
 

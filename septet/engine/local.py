@@ -55,7 +55,11 @@ class LocalExecutor:
     def spare(self, busy: bool) -> bool:
         """Capture steps that were put off at the start."""
         graphs = self.runner.graphs
-        return graphs is not None and graphs.spare(busy)
+        if graphs is None:
+            return False
+        if graphs.due(busy):
+            self.runner.finish()  # its logits lie where a capture computes
+        return graphs.spare(busy)
 
     def close(self) -> None:
         self._on_close()

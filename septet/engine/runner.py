@@ -7,6 +7,7 @@ launched without waiting. What the host needs travels to it asynchronously (`Ste
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from septet.engine.constraints import Answer, Constraints, TokenMasks
+    from septet.engine.constraints import Answer, Constraints, Filling, TokenMasks
     from septet.engine.forward import Forward
     from septet.engine.graphs import Captured, StepGraphs
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
-    from septet.engine.taped import TakenStep, TapedDecode
+    from septet.engine.static import StaticStep
+    from septet.engine.taped import Buffers, TakenStep, TapedDecode
     from septet.kernels.ops import LayerKV, Ops
     from septet.step import PlanRow, StepPlan
 
@@ -166,9 +168,11 @@ class Runner:
         self.constraints: Constraints | None = None
         self.fetch: Callable[[Tensor], HostCopy] = HostCopy
         self.pooling = Pooling()
+        self._undrawn: BoundStep | None = None  # the last step, if its draw waits for masks
 
     def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep | TakenStep:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
+        self.finish()
         taken = self.taped.quick(plan) if self.taped is not None else None
         return self._run(plan) if taken is None else taken
 
@@ -193,14 +197,39 @@ class Runner:
             requests = [row.request for row in sampling]
             return DrawnStep(plan.step, requests, self.fetch(out.tokens[: max(n, 1)]))  # one at least, to be waited for
         if all(map(self.graphs.serves_masked, [self.rows.info[row.row] for row in sampling])):
-            found.draw_masked(self._masks([(row.row, row.start + row.n) for row in sampling]))
-            requests, tokens = [row.request for row in sampling], self.fetch(out.tokens[:n])
-            answer = self._answer(tokens, n)
-            if answer is not None:
-                return BoundStep(plan.step, requests, tokens, answer)
-            return DrawnStep(plan.step, requests, tokens)
+            return self._bound(plan, sampling, found, out)
         picks, row, position = self._picks(plan.rows), out.row[:n], out.position()[:n]
         return self._written(plan, picks, self._sample(out.logits[:n], picks, row, position), row, position, [])
+
+    def _bound(
+        self, plan: StepPlan, sampling: list[PlanRow], found: Captured | TapedDecode, out: StaticStep | Buffers
+    ) -> BoundStep:
+        """The forward pass is under way; the draw follows when the masks are there. Where the device computes by
+        itself, the loop commits and plans meanwhile."""
+        limits, spots = self.constraints, [(row.row, row.start + row.n) for row in sampling]
+        overlaps = limits is not None and limits.overlaps
+        filling = limits.begin(spots, later=overlaps) if limits is not None else None
+        draw = partial(self._draw, found, filling, out, len(sampling))
+        step = BoundStep(plan.step, [row.request for row in sampling], draw)
+        if overlaps:
+            self._undrawn = step
+        else:
+            step.drawn, step.draw = draw(), None
+        return step
+
+    @torch.inference_mode()
+    def _draw(
+        self, found: Captured | TapedDecode, filling: Filling | None, out: StaticStep | Buffers, n: int
+    ) -> tuple[HostCopy, Answer | None]:
+        found.draw_masked(filling.masks() if filling is not None else None)
+        tokens = self.fetch(out.tokens[:n])
+        return tokens, self._answer(tokens, n)
+
+    def finish(self) -> None:
+        """Draw what was not drawn yet: before anything else computes."""
+        step, self._undrawn = self._undrawn, None
+        if step is not None:
+            step.finish()
 
     def _eager(self, plan: StepPlan, picks: list[tuple[str, Pick]], decode: bool) -> StepOnDevice:
         sent = self._send(plan.rows, picks)

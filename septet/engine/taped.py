@@ -128,6 +128,9 @@ class TapedDecode:
             arguments.line = line.data_ptr()
         self.tape.draw(arguments)
 
+    def due(self, busy: bool) -> bool:
+        return False
+
     def spare(self, busy: bool) -> bool:
         """Nothing is put off."""
         return False

@@ -6,6 +6,8 @@ a set bit allows the token.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llguidance import LLMatcher
 
@@ -54,25 +56,52 @@ class Masks:
     Not thread-safe; each call releases the interpreter.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, pool_from: int = POOL_FROM) -> None:
         from llguidance import LLExecutor
 
         threads = mask_threads() if threads is None else threads
         self._executor = LLExecutor(threads) if threads > 1 else None
+        self._pool_from = pool_from
+        self._helper: ThreadPoolExecutor | None = None  # one thread, for `start`
 
     def fill(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> None:
         """Mask of matchers[i] into out[i]; `out` (rows, words) int32, C-contiguous, at least as many rows."""
         if not out.flags["C_CONTIGUOUS"] or out.itemsize != 4 or len(out) < len(matchers):
             raise ValueError("out must be int32, C-contiguous, with a row for each matcher")
-        if self._executor is None or len(matchers) < POOL_FROM:
+        if self._executor is None or len(matchers) < self._pool_from:
             for matcher, row in zip(matchers, out, strict=False):
                 matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
             return
-        pairs = [(matcher, i) for i, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(pairs, out.ctypes.data, 4 * out.shape[1], len(out))
+        self._executor.unsafe_compute_mask_ptr(*self._job(matchers, out))
+
+    def start(self, matchers: Sequence[LLMatcher], out: np.ndarray) -> Callable[[], None]:
+        """`fill`, but many rows on a thread beside this one: -> what waits for them. Nobody else touches the matchers
+        or `out` meanwhile."""
+        if self._executor is None or len(matchers) < self._pool_from:
+            self.fill(matchers, out)
+            return _nothing
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, "masks")
+        executor, job, begun = self._executor, self._job(matchers, out), Event()
+
+        def work() -> None:
+            begun.set()
+            executor.unsafe_compute_mask_ptr(*job)
+
+        future = self._helper.submit(work)
+        begun.wait()  # else the thread would first wait for the interpreter, for up to the 5 ms of its switch interval
+        return future.result
+
+    @staticmethod
+    def _job(matchers: Sequence[LLMatcher], out: np.ndarray) -> tuple[list[tuple[LLMatcher, int]], int, int, int]:
+        return [(matcher, i) for i, matcher in enumerate(matchers)], out.ctypes.data, 4 * out.shape[1], len(out)
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         """Whether each matcher took its token; one that did not is in an error state for good."""
-        if self._executor is None or len(matchers) < POOL_FROM:
+        if self._executor is None or len(matchers) < self._pool_from:
             return [matcher.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
         return self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
+
+
+def _nothing() -> None:
+    """Nobody needs to wait."""

@@ -25,7 +25,7 @@ MAX_KNOWN = 4096  # texts whose tokens are remembered
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
 SLICES = [
     r"[\x20\x0A\x0D\x09]+",
-    *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 14, 20, 30)),
+    *(f"{_CHARACTER}{{1,{n}}}" for n in (5, 8, 10, 12, 14, 20, 30)),
     f"{_CHARACTER}+",
 ]
 

@@ -18,6 +18,9 @@ from septet.engine.buckets import Shapes
 from septet.engine.client import InlineClient
 from septet.engine.graphs import StepGraphs
 from septet.errors import InvalidRequest
+from septet.grammar import compiler, limits
+from septet.grammar.masks import Masks
+from septet.grammar.trial import TrialProcess
 from septet.grammar.vocabulary import Vocabulary
 from septet.request import FinishReason, Request, SamplingParams
 from septet.structured import Structured
@@ -26,7 +29,7 @@ from tests import schemas, tiny
 from tests.native import native_library
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
     from septet.engine.messages import Update
@@ -46,6 +49,28 @@ SCHEMA = {
     "required": ["id", "tag"],
     "additionalProperties": False,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trial() -> Iterator[None]:
+    """One process tries the grammars of all engines here, which come one after the other."""
+    shared: list[TrialProcess] = []
+
+    def any_trial(vocabulary: Vocabulary, *args: Any) -> Any:
+        shared[:] = shared or [Lasting(vocabulary, *args)]
+        return shared[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "WORKERS", 1)
+        patch.setattr(compiler, "TrialProcess", any_trial)
+        yield
+    for trial in shared:
+        TrialProcess.close(trial)
+
+
+class Lasting(TrialProcess):
+    def close(self) -> None:
+        """An engine that has closed is not the last one."""
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +157,10 @@ def many(structured: list[Any], **values: Any) -> Callable[[InlineClient], Await
 
 
 def static_steps(client: InlineClient) -> None:
-    """What a GPU captures, called as it is."""
+    """What a GPU captures, called as it is; masks made on threads beside the loop, of matchers in three lanes."""
     runner = client.loop.executor.runner  # type: ignore[attr-defined]
+    runner.constraints.overlaps, runner.constraints.library = True, Masks(2, pool_from=2)
+    client.loop.grammars.max_lanes = 3  # type: ignore[union-attr]
     info = client.info
     shapes = Shapes.of(info.max_num_seqs, info.max_model_len, info.max_num_batched_tokens)
     runner.graphs = StepGraphs(runner, runner.forward.model, shapes, lambda step: (step.forward, step.draw))
@@ -148,7 +175,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "overlapped": {"overlap": "on"},
     "chunked": {"max_num_batched_tokens": 9, "overlap": "on"},
     "native": {"kernels": "native"},
-    "preempted": {"num_kv_slots": 250, "max_model_len": 241, "overlap": "on", "max_num_batched_tokens": 16},
+    "preempted": {"num_kv_slots": 250, "max_model_len": 241, "overlap": "on", "max_num_batched_tokens": 32},
 }
 
 
