@@ -38,7 +38,8 @@ def profile(question: Question, fit: Fit, out: str) -> dict[str, Any]:
     if first is not None:  # what matters most has the last word
         found.append(on_class(first, question.hardware))
     flags = {flag: value for entry in found for flag, value in entry["flags"].items()}
-    whys = [e["why"] for e in found if not e["flags"] or any(flags[flag] == v for flag, v in e["flags"].items())]
+    whys = [e["why"] for e in found[:1] if not e["flags"] or any(flags[flag] == v for flag, v in e["flags"].items())]
+    whys += [e["why"] for e in found[1:] if e["flags"].items() - found[0]["flags"].items()]
     notes = [f"not tested on {where}: {here.note}"] if here.kind == "assumed" else []
     model, said = _model(question, fit)
     return {

@@ -109,11 +109,20 @@ def _heading(found: Advice) -> list[str]:
     q = found.question
     where, use, priority = (choices(name)[getattr(q, name)] for name in ("hardware", "use", "priority"))
     users = f", {q.users:,} user{'s' * (q.users > 1)}" if q.users is not None else ""
-    lines = [f"{use} on {where}, {priority} first{users}", ""]
+    lines = [f"{use} on {where}, {priority} first{users}", *_machine(q), ""]
     for told in found.contradictions:
         lines += _wrapped(f"CONTRADICTION: {_told(told)}", "")
     lines += [""] * bool(found.contradictions)
     return lines if found.ranking else [*lines, "no engine can be had for this question"]
+
+
+def _machine(question: Question) -> list[str]:
+    """Which machine the class stands for, or was named by."""
+    from septet.advisor.hardware import hardware
+
+    if not question.machine:
+        return []
+    return [f"(ranked as this class of hardware; sums are made for {hardware(question.machine).title})"]
 
 
 def _ranked(ranked: Ranked) -> list[str]:

@@ -246,6 +246,20 @@ def test_a_model_is_held_against_the_machine() -> None:
     assert "not checked" in advise(ask("h100", "chat", "ease", model="nobody/nothing")).fit[0]
 
 
+@pytest.mark.parametrize("machine", [h.name for h in all_hardware()])
+@pytest.mark.parametrize("model", ["llama-1b", "llama-70b"])
+def test_every_machine_has_a_word_on_the_model(machine: str, model: str) -> None:
+    for users in (None, 40):
+        found = advise(ask(machine, "agents", "ease", model=model, users=users))
+        said = [*found.fit, *(told.says for told in found.contradictions if told.source == "septet plan")]
+        assert any(model in says for says in said), said
+        fits = "does not fit" not in found.profile["why"]
+        assert bool(found.profile["command"]) == (
+            fits and not next(h for h in all_hardware() if h.name == machine).septet_lacks
+        )
+        assert model not in found.profile["command"], "a shape is no model to serve"
+
+
 def test_machines_of_plan_are_put_into_their_class() -> None:
     for machine in all_hardware():
         found = ask(machine.name, "chat", "ease")
