@@ -6,6 +6,7 @@ must still be answered, unless the server is to end.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -21,6 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+from septet.engine.client import InlineClient
+from septet.engine.echo import EchoExecutor
+from septet.engine.scheduler import Scheduler, SchedulerLimits
+from septet.kv.cache import KVCache
+from septet.serve.app import Service, Settings, create_app
+from tests import fakes
+from tests.unit.test_serve_openai import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -316,3 +325,55 @@ def test_a_full_disk_costs_log_lines_and_no_request() -> None:
         for _ in range(5):
             assert server.ask().status_code == 200
         assert within(5, lambda: server.figure("septet:dropped_log_lines_total") >= 5)
+
+
+# -- against an engine of this process --------------------------------------------------------------------------------
+def test_two_hundred_requests_that_run_out_of_time_leave_the_next_one_as_it_was() -> None:
+    """T2, over the real scheduler: steps of 2 ms, rows for 16, and 200 answers of which none has the time to end."""
+
+    async def go() -> None:
+        limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=200)
+        scheduler = Scheduler(limits, KVCache(1001), 257)
+        engine = InlineClient(scheduler, EchoExecutor(vocab_size=257, step_s=0.002), fakes.info(), strict=True)
+        app = create_app(Service(fakes.session(engine), Settings()))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app)
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", timeout=120) as http:
+
+                async def ask(text: str, n: int, **headers: str) -> httpx.Response:
+                    body = {"prompt": text, "max_tokens": n, "ignore_eos": True, "seed": 1}
+                    return await http.post("/v1/completions", json=body, headers=headers)
+
+                before = (await ask("hello", 8)).json()["choices"]
+                late = await asyncio.gather(*(ask(f"{i}", 190, **{"x-request-timeout": "0.2"}) for i in range(200)))
+                assert {answer.status_code for answer in late} == {504}
+                assert (await ask("hello", 8)).json()["choices"] == before
+                stats = await engine.stats()
+                assert (stats.running, stats.waiting, stats.slots_leased) == (0, 0, 0)
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(go(), 200))
+
+
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_clock_that_jumps_ends_no_request(jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T20: months forth or back in the middle of an answer with a deadline; times that are told stay sane."""
+    client, true = fakes.FakeClient("hello"), time.time
+
+    async def pause() -> None:
+        monkeypatch.setattr(time, "time", lambda: true() + jump)
+        await asyncio.sleep(0)
+
+    client.pause = pause
+    service = Service(fakes.session(client), Settings(request_timeout_s=60))
+    body = {"prompt": "x", "max_tokens": 5}
+    answer = ask(create_app(service), "POST", "/v1/completions", json=body, headers={"x-request-timeout": "60"})
+    assert answer.status_code == 200
+    total = next(
+        sample.value
+        for family in service.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "vllm:e2e_request_latency_seconds_sum"
+    )
+    assert 0 <= total < 60

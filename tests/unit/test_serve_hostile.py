@@ -174,7 +174,7 @@ def test_harmless_fields_and_nulls_are_ignored(path: str) -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("functions", [{}]), ("store", True),
-        ("modalities", ["audio"]), ("audio", {}), ("web_search_options", {}), ("reasoning_effort", "high"),
+        ("modalities", ["audio"]), ("audio", {}), ("web_search_options", {}),
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"tokenize": True}), ("top_logprobs", 3),
         ("chat_template_kwargs", {"add_generation_prompt": False}), ("chat_template_kwargs", {"tools": []}),
         ("chat_template_kwargs", {"messages": []}), ("chat_template_kwargs", {"self": 1}),
