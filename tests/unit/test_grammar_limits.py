@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import queue
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from septet.errors import InvalidRequest
+from septet.engine.grammars import GrammarReady, Grammars
+from septet.errors import InvalidRequest, Overloaded
 from septet.grammar import limits
 from septet.grammar.compiler import Compiler
 from septet.grammar.regex import ascii_classes, regex_size
 from septet.grammar.schema import checked_schema
 from septet.grammar.translate import translate
 from septet.grammar.vocabulary import Vocabulary
+from septet.request import Request, SamplingParams
 from septet.structured import Structured
 
 if TYPE_CHECKING:
@@ -223,6 +226,41 @@ def test_the_cache_is_bounded_and_shares(compiler: Compiler, monkeypatch: pytest
         compiler.request(Structured.choice([f"option {i}"])).result(60)
     assert len(compiler) <= 8
     assert takes(compiler, GOOD, b'{"a":1}')
+
+
+def test_a_flood_of_grammars_waits_within_bounds(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unique ones without end: so many wait, the next is told to come later, and nothing of those that left is kept."""
+    monkeypatch.setattr(limits, "CACHE_ENTRIES", 4)
+    grammars, told = Grammars(300, max_waiting=6), queue.SimpleQueue[GrammarReady]()
+    grammars._compiler, grammars.notify = compiler, told.put
+
+    def ask(i: int) -> None:
+        bound = Structured.choice([f"flood {i}"]) if i % 5 else Structured.regex(f"(flood {i}")
+        grammars.wait(Request(id=str(i), tokens=(1,), params=SamplingParams(structured=bound)))
+
+    for i in range(6):
+        ask(i)
+    with pytest.raises(Overloaded):
+        ask(6)
+    assert grammars.leave("1")
+    ask(7)
+    refused = 0
+    for _ in range(7):  # six that wait and one that has left
+        ready = told.get(timeout=60).request
+        try:
+            entered = grammars.ready(ready)
+            assert (entered is None) == (ready == "1")
+        except InvalidRequest:
+            refused += 1
+        grammars.release(ready)
+    assert refused == 2
+    assert (len(grammars), grammars.held, len(grammars._users)) == (0, 0, 0)
+    ask(8)
+    assert grammars.leave_all() == ["8"]
+    assert len(grammars._users) == 0
+    told.get(timeout=60)
+    compiler.request(GOOD).result(60)
+    assert len(compiler) <= 4 + limits.WORKERS
 
 
 def test_many_answers_are_spread_over_lanes(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
