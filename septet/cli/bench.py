@@ -6,7 +6,7 @@ Holds the options and the progress shown; the measurement is `septet.bench.harne
 from __future__ import annotations
 
 import contextlib
-import signal
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,26 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from septet.bench.harness.limits import Limit
     from septet.bench.harness.measure import Progress
+    from septet.bench.harness.results import Results
     from septet.bench.harness.targets import Target
     from septet.bench.harness.workload import Workload
 
 __all__ = ["bench"]
+
+
+class Finite(click.FloatRange):
+    """A range that `nan` and `inf` are not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no number to use here", param, ctx)
+        return found
+
+
+ABOVE_0 = Finite(0, min_open=True)
 
 
 @click.group(invoke_without_command=True)
@@ -31,18 +46,26 @@ __all__ = ["bench"]
 @click.option("--workload", "workloads", multiple=True, help="By name (septet bench list) or a .toml file; several, "
               "or all [single].")  # fmt: skip
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Replay this file.")
-@click.option("--time-scale", type=float, default=1.0, show_default=True, help="Of its times: 0.001 where they are ms.")
-@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True)
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Shrink workloads for a small machine.")
+@click.option(
+    "--time-scale", type=ABOVE_0, default=1.0, show_default=True, help="Of its times: 0.001 where they are ms."
+)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="From 6 on intervals hold.")
+@click.option(
+    "--scale",
+    type=Finite(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Shrink workloads for a small machine.",
+)
 @click.option("--streams", help="Other numbers of streams, with commas.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--args", "arguments", multiple=True, metavar="ENGINE=ARGS", help="More of its command line.")
 @click.option("--program", "programs", multiple=True, metavar="ENGINE=PATH", help="Where its program (or Python) is.")
 @click.option("--together", is_flag=True, help="All engines stay up; else each has the machine alone in its turn.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="For engines that are started [a free one].")
-@click.option("--start-timeout", type=float, default=900.0, show_default=True, help="Seconds until one must serve.")
-@click.option("--request-timeout", type=float, default=600.0, show_default=True, help="Seconds without a byte.")
-@click.option("--price", type=float, help="USD per hour of this machine, for the cost of a million tokens.")
+@click.option("--start-timeout", type=ABOVE_0, default=900.0, show_default=True, help="Seconds until one must serve.")
+@click.option("--request-timeout", type=ABOVE_0, default=600.0, show_default=True, help="Seconds without a byte.")
+@click.option("--price", type=ABOVE_0, help="USD per hour of this machine, for the cost of a million tokens.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("septet-bench"),
               show_default=True, help="Folder for results.json, report.html and report.md.")  # fmt: skip
 @click.pass_context
@@ -59,52 +82,60 @@ def bench(ctx: click.Context, **given: Any) -> None:
 
 
 def _measure(given: dict[str, Any]) -> None:
-    _needs("httpx", "psutil")
     from septet.bench.harness.head import head
-    from septet.bench.harness.limits import Limit, find
+    from septet.bench.harness.interrupt import caught
     from septet.bench.harness.measure import Measurement
     from septet.bench.harness.report import write_reports
     from septet.bench.harness.results import Results
 
-    targets, workloads = _targets(given), _workloads(given)
+    workloads = _workloads(given)
+    targets = _targets(given, workloads)
     out: Path = given["out"]
     out.mkdir(parents=True, exist_ok=True)
-    first = head(seed=given["seed"], rounds=given["rounds"], scale=given["scale"], price=given["price"])
+    launched = [t for t in targets if t.command]
+    first = head(seed=given["seed"], rounds=given["rounds"], scale=given["scale"], price=given["price"],
+                 ours=bool(launched))  # fmt: skip
     results = Results(first)
-    limit = find(next((t.model for t in targets if t.command), ""), first["machine"].get("gpu"))
-    if isinstance(limit, Limit):
-        first["limit"] = limit.data()
-    else:
-        results.note(limit)
-    with _shown() as progress, _terminable():
+    limits = _limits(launched, first["machine"].get("gpu"), results)
+    first["limits"] = {name: limit.data() for name, limit in limits.items()}
+    with caught() as signals, _shown() as progress:
         measurement = Measurement(
             targets, workloads, results, out / "results.json", rounds=given["rounds"], seed=given["seed"],
             port=given["port"], together=given["together"], wait_s=given["start_timeout"],
-            timeout_s=given["request_timeout"], limit=limit if isinstance(limit, Limit) else None, progress=progress,
+            timeout_s=given["request_timeout"], limits=limits, progress=progress,
         )  # fmt: skip
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             measurement.run()
-        finally:
-            document = results.document()
-            write_reports(document, out)
+        document = results.document()
+        write_reports(document, out)
     _say(document, out)
+    if signals.number:
+        click.echo("interrupted: what was measured is kept", err=True)
+        click.get_current_context().exit(128 + signals.number)
     if not document["points"]:
         raise click.ClickException("nothing was measured")
     if document["partial"]:
         raise click.ClickException("the results are partial")
 
 
-def _needs(*modules: str) -> None:
-    from importlib.util import find_spec
+def _limits(launched: list[Target], gpu: str | None, results: Results) -> dict[str, Limit]:
+    """By target, of engines that run here; what is not known is a note."""
+    from septet.bench.harness.limits import find
 
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise click.ClickException(f"septet bench needs {' and '.join(missing)}: pip install 'septet[bench]'")
+    known: dict[str, Limit] = {}
+    for one in launched:
+        found = find(one.model, gpu)
+        if isinstance(found, str):
+            results.note(found)
+        else:
+            known[one.name] = found
+    return known
 
 
-def _targets(given: dict[str, Any]) -> list[Target]:
+def _targets(given: dict[str, Any], workloads: list[Workload]) -> list[Target]:
     import os
 
-    from septet.bench.harness.targets import at_url, target
+    from septet.bench.harness.targets import at_url, fitted, target
 
     programs, arguments = (
         _pairs(given[name], option) for name, option in (("programs", "--program"), ("arguments", "--args"))
@@ -115,7 +146,9 @@ def _targets(given: dict[str, Any]) -> list[Target]:
     found = found or [target("septet", programs, arguments)]
     if len({t.name for t in found}) < len(found):
         raise click.BadParameter("the same target twice", param_hint="--target")
-    return found
+    if given["together"] and given["port"] and sum(bool(t.command) for t in found) > 1:
+        raise click.BadParameter("engines that stay up together can't share a port: leave it out", param_hint="--port")
+    return [fitted(t, workloads) for t in found]
 
 
 def _pairs(given: tuple[str, ...], option: str) -> dict[str, str]:
@@ -139,6 +172,11 @@ def _workloads(given: dict[str, Any]) -> list[Workload]:
             replace(w, trace=given["trace"], stretch=given["time_scale"]) if w.kind == "trace" else w for w in found
         ]
     if given["streams"]:
+        if fixed := [w.name for w in found if w.kind != "closed"]:
+            line = f"closed workloads only; {', '.join(fixed)} keep{'s' * (len(fixed) == 1)} what the file says"
+            if len(fixed) == len(found):
+                raise click.BadParameter(line, param_hint="--streams")
+            click.echo(f"--streams: {line}", err=True)
         try:
             counts = tuple(int(part) for part in given["streams"].split(","))
         except ValueError:
@@ -185,20 +223,11 @@ def _shown() -> Iterator[Progress]:
         yield Shown()
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a measurement as Ctrl-C does: engines are stopped, results are kept."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _say(document: dict[str, Any], out: Path) -> None:
     from septet.bench.harness.markdown import plain_lines
 
-    click.echo("\n".join(plain_lines(document)))
+    for line in (*plain_lines(document), *(f"note: {note}" for note in document["notes"])):
+        click.echo(line)
     click.echo(f"written: {out / 'report.html'}, {out / 'report.md'}, {out / 'results.json'}")
 
 
@@ -223,8 +252,8 @@ def list_all() -> None:
               show_default=True)  # fmt: skip
 def report(results: Path, out: Path) -> None:
     """Draw the report of RESULTS (results.json) again."""
+    from septet.bench.harness.document import read
     from septet.bench.harness.report import write_reports
-    from septet.bench.harness.results import read
 
     out.mkdir(parents=True, exist_ok=True)
     write_reports(read(results), out)
@@ -234,30 +263,43 @@ def report(results: Path, out: Path) -> None:
 @bench.command()
 @click.argument("before", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--threshold", type=click.FloatRange(0), default=5.0, show_default=True, help="Percent.")
-@click.option("--ignore-overlapping", is_flag=True, help="Changes whose intervals overlap are no regressions.")
+@click.option("--threshold", type=Finite(0), default=5.0, show_default=True, help="Percent.")
+@click.option("--figure", "wanted", multiple=True, help="Compare this figure only, ttft_ms say; several [all].")
 @click.option("--all", "every", is_flag=True, help="Show every figure.")
 @click.pass_context
 def compare(
-    ctx: click.Context, before: Path, after: Path, threshold: float, ignore_overlapping: bool, every: bool
+    ctx: click.Context, before: Path, after: Path, threshold: float, wanted: tuple[str, ...], every: bool
 ) -> None:
-    """What became worse from BEFORE to AFTER (results.json each); code 1 if anything did by more than the threshold."""
+    """What became worse from BEFORE to AFTER (results.json each).
+
+    Worse is what changed by more than the threshold and whose intervals lie apart; figures of single runs can't tell.
+    Code 1 if anything became worse or is gone.
+    """
     from septet.bench.harness.compare import compare as changes_of
-    from septet.bench.harness.results import read
+    from septet.bench.harness.document import read
     from septet.errors import InvalidRequest
 
     try:
-        changes, notes = changes_of(read(before), read(after))
+        changes, gone, notes = changes_of(read(before), read(after), wanted)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from None
-    worse = [c for c in changes if c.worse > threshold and not (ignore_overlapping and c.overlap)]
-    better = [c for c in changes if c.worse < -threshold]
     for note in notes:
         click.echo(f"note: {note}")
-    for change in changes if every else [*worse, *better]:
-        click.echo(f"{'REGRESSION ' if change in worse else ''}{change.line()}")
-    click.echo(f"{len(changes)} figures: {len(worse)} worse and {len(better)} better by more than {threshold:g} %")
-    ctx.exit(1 if worse else 0)
+    for where in gone:
+        click.echo(f"GONE {where}: no longer measured")
+    verdicts = [(c, c.verdict(threshold)) for c in changes]
+    for where in dict.fromkeys(c.where for c in changes):
+        for word in ("worse", "can't tell", "better", *([""] if every else [])):
+            mine = [c.line() for c, verdict in verdicts if c.where == where and verdict == word]
+            if mine:
+                shown = {"worse": "REGRESSION ", "better": "better ", "": "same ", "can't tell": "can't tell "}[word]
+                click.echo(f"{shown}{where}: {', '.join(mine)}")
+    worse, better, open_ = (
+        sum(verdict == word for _, verdict in verdicts) for word in ("worse", "better", "can't tell")
+    )
+    more = f", {open_} changed that single runs can't tell" if open_ else ""
+    click.echo(f"{len(changes)} figures: {worse} worse and {better} better by more than {threshold:g} %{more}")
+    ctx.exit(1 if worse or gone else 0)
 
 
 @bench.command()
@@ -277,13 +319,17 @@ def published(results: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({**known, "entries": entries}, indent=1))
         return
     click.echo(f"{known['title']}, {known['date']}. {known['about']}\nIts sources: {known['sources']}.")
-    table = ""
-    for e in known["entries"]:
+    table, said = "", None
+    for e in [*known["entries"], None]:
+        mine = measured.get(e["id"]) if e else None
+        if said and mine != said:  # once for entries of one workload
+            click.echo(f"    Septet measured {said}")
+        said = mine
+        if e is None:
+            break
         if e["source"] != table:
             table = e["source"]
             click.echo(f"\n{table}")
         click.echo(f"  {e['engine']:16} {e['model']}, {e['hardware']}, {e['workload']}: {e['metric']} {amount(e)}")
         for flag in e["flags"]:
             click.echo(f"    ! {flag}")
-        if e["id"] in measured:
-            click.echo(f"    Septet measured {measured[e['id']]}")

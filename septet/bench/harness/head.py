@@ -17,7 +17,8 @@ from septet.errors import InvalidRequest
 __all__ = ["head"]
 
 
-def head(*, seed: int, rounds: int, scale: float, price: float | None) -> dict[str, Any]:
+def head(*, seed: int, rounds: int, scale: float, price: float | None, ours: bool = True) -> dict[str, Any]:
+    """`ours`: an engine is started here; else this is only the machine of the client, whose price is no engine's."""
     if price is not None and not (math.isfinite(price) and 0 < price < 1e6):
         raise InvalidRequest(f"--price {price:g} is no price of an hour", param="price")
     card = gpu()
@@ -30,7 +31,8 @@ def head(*, seed: int, rounds: int, scale: float, price: float | None) -> dict[s
         "seed": seed,
         "rounds": rounds,
         "scale": scale,
-        "price": _price(price, card.get("gpu", "")),
+        "price": _price(price, card.get("gpu", "") if ours else ""),
+        "limits": {},
     }
 
 

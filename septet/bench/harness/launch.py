@@ -1,23 +1,27 @@
 """Engines as processes: started on loopback in a session of their own, awaited, and stopped with all that they started.
 
-Used by `measure.py`. A port that is taken, an engine that ends or never serves: SeptetError with one line.
+Used by `measure.py`. A port that is taken, an engine that ends or never serves: SeptetError with one line. A shell
+waits beside each engine and ends its group should this process die without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-import httpx
 import psutil
 
+from septet.bench.harness.interrupt import hurried, shielded
 from septet.errors import SeptetError
 
 if TYPE_CHECKING:
@@ -27,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Running", "running"]
 
-LOOPBACK, GRACE_S = "127.0.0.1", 30.0
+LOOPBACK, GRACE_S, MOST = "127.0.0.1", 30.0, 1 << 20
+VERSIONS = ("/version", "/api/version", "/props", "/info")  # where engines tell theirs
+GUARD = 'read word && exit 0; kill -s TERM -- "-$1"; sleep 10; kill -s KILL -- "-$1"'
 
 
 @dataclass
@@ -38,8 +44,11 @@ class Running:
     url: str  # with /v1
     start_s: float = 0.0
     process: subprocess.Popen[bytes] | None = None
+    guard: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
     model: str = ""  # its name in requests
+    version: str = ""  # as it says itself
+    warmed: set[tuple[str, str]] = field(default_factory=set)  # workloads and points
     seen: dict[int, psutil.Process] = field(default_factory=dict)  # of the tree, by pid
 
     def tree(self) -> list[psutil.Process]:
@@ -48,7 +57,7 @@ class Running:
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(self.process.pid)
                 self.seen.update((p.pid, p) for p in (root, *root.children(recursive=True)))
-        return [p for p in self.seen.values() if p.is_running()]
+        return _left(self)
 
     def death(self, wait_s: float = 0.0) -> str:
         """How it ended; '' while it runs or where it is not ours. A process's sockets close a little before it ends."""
@@ -73,31 +82,42 @@ class Running:
 def running(target: Target, port: int = 0, wait_s: float = 900) -> Iterator[Running]:
     """Up and ready; stopped at the end whatever happened. `port` 0: a free one."""
     if not target.command:
-        yield _found(target)
+        yield _named(Running(target, f"{target.url}/v1"))
         return
-    port = _port(port)
+    server: Running | None = None
     with tempfile.TemporaryFile() as log:
-        command = [word.replace("{port}", str(port)) for word in target.command]
-        more = {name: value.replace("{port}", str(port)) for name, value in target.environment.items()}
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                       env={**os.environ, **more}, start_new_session=True)  # fmt: skip
-        except OSError as error:
-            raise SeptetError(f"{target.title} can't be started: {error}") from None
-        server = Running(target, f"http://{LOOPBACK}:{port}/v1", process=process, log=log)
-        try:
+            with shielded():
+                server = _start(target, _port(port), log)
             began = time.perf_counter()
-            _await(server, f"http://{LOOPBACK}:{port}{target.ready}", wait_s)
+            _await(server, server.url.removesuffix("/v1") + target.ready, wait_s)
             server.start_s = time.perf_counter() - began
-            server.model = _model_name(server) if target.served_name else target.model
-            yield server
+            yield _named(server)
         finally:
-            stop(server)
+            if server is not None:
+                stop(server)
 
 
-def _found(target: Target) -> Running:
-    server = Running(target, f"{target.url}/v1")
-    server.model = _model_name(server) if target.served_name else target.model
+def _start(target: Target, port: int, log: IO[bytes]) -> Running:
+    command = [word.replace("{port}", str(port)) for word in target.command]
+    more = {name: value.replace("{port}", str(port)) for name, value in target.environment.items()}
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   env={**os.environ, **more}, start_new_session=True)  # fmt: skip
+    except OSError as error:
+        raise SeptetError(f"{target.title} can't be started: {error}") from None
+    server = Running(target, f"http://{LOOPBACK}:{port}/v1", process=process, log=log)
+    with contextlib.suppress(OSError):  # no shell: no guard
+        server.guard = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, "septet-bench-guard", str(process.pid)], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    return server
+
+
+def _named(server: Running) -> Running:
+    server.model = _model_name(server) if server.target.served_name else server.target.model
+    server.version = _version(server)
     return server
 
 
@@ -113,52 +133,83 @@ def _port(wanted: int) -> int:
         return int(sock.getsockname()[1])
 
 
+def _get(server: Running, url: str, wait_s: float) -> bytes:
+    """OSError where that is no answer of 200."""
+    key = server.target.api_key
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with contextlib.closing(opener.open(request, timeout=wait_s)) as answer:
+        return answer.read(MOST)  # type: ignore[no-any-return]
+
+
 def _await(server: Running, url: str, wait_s: float) -> None:
     deadline, pause = time.monotonic() + wait_s, 0.05
-    with httpx.Client(trust_env=False, timeout=5.0) as http:
-        while True:
-            if death := server.death():
-                raise SeptetError(f"{death} (before it served)")
-            with contextlib.suppress(httpx.HTTPError):
-                if http.get(url).status_code == 200:
-                    return
-            if time.monotonic() > deadline:
-                raise SeptetError(f"{server.target.title} did not serve within {wait_s:g} s{server._last_words()}")
-            server.tree()
-            time.sleep(pause)
-            pause = min(1.0, pause * 1.3)
+    while True:
+        if death := server.death():
+            raise SeptetError(f"{death} (before it served)")
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            _get(server, url, 5.0)
+            return
+        if time.monotonic() > deadline:
+            raise SeptetError(f"{server.target.title} did not serve within {wait_s:g} s{server._last_words()}")
+        server.tree()
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.3)
 
 
 def _model_name(server: Running) -> str:
-    target = server.target
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     try:
-        answer = httpx.get(f"{server.url}/models", trust_env=False, timeout=20.0, headers=headers)
-        answer.raise_for_status()
-        listed: Any = answer.json()["data"]
+        listed: Any = json.loads(_get(server, f"{server.url}/models", 20.0))["data"]
         return str(listed[0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise SeptetError(f"{target.title}: {server.url}/models names no model: {error}") from None
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        why = getattr(error, "reason", "") or error
+        raise SeptetError(f"{server.target.title}: /v1/models names no model: {why}") from None
+
+
+def _version(server: Running) -> str:
+    """'' where it tells none."""
+    for path in VERSIONS:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            told = json.loads(_get(server, server.url.removesuffix("/v1") + path, 5.0))
+            if isinstance(told, dict) and (found := told.get("version") or told.get("build_info")):
+                return str(found)[:100]
+    return ""
 
 
 def stop(server: Running) -> None:
-    """Asks the whole group, waits, then ends what is left of the tree, workers in sessions of their own included."""
+    """Asks the whole group, waits, then ends what is left of the tree, workers in sessions of their own included. Not
+    broken off by a signal; one more makes it quick."""
     process = server.process
     assert process is not None
-    server.tree()
+    with shielded():
+        server.tree()
+        for number, grace_s in ((signal.SIGTERM, GRACE_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 10.0)):
+            _tell(server, number, all_of_them=grace_s < GRACE_S)
+            deadline = time.monotonic() + grace_s
+            while time.monotonic() < deadline and not (hurried() and number != signal.SIGKILL):
+                if process.poll() is not None and (not _left(server) or grace_s == GRACE_S):
+                    break
+                time.sleep(0.05)
+            if process.poll() is not None and not hurried():
+                psutil.wait_procs(_left(server), timeout=1)
+        _tell(server, signal.SIGKILL, all_of_them=True)
+        if server.guard is not None:
+            server.guard.communicate(b"done\n")
+
+
+def _tell(server: Running, number: int, *, all_of_them: bool) -> None:
+    assert server.process is not None
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_S)
-    _, left = psutil.wait_procs([p for p in server.seen.values() if p.is_running()], timeout=1)
-    for p in left:
+        os.killpg(server.process.pid, number)
+    for p in _left(server) if all_of_them else []:
         with contextlib.suppress(psutil.Error):
-            p.terminate()
-    _, left = psutil.wait_procs(left, timeout=5)
-    for p in left:
+            p.send_signal(number)
+
+
+def _left(server: Running) -> list[psutil.Process]:
+    found = []
+    for p in server.seen.values():
         with contextlib.suppress(psutil.Error):
-            p.kill()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    psutil.wait_procs(left, timeout=5)
+            if p.is_running() and p.status() != psutil.STATUS_ZOMBIE:
+                found.append(p)
+    return found

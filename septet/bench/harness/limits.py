@@ -1,17 +1,19 @@
-"""The most tokens a second that a machine's memory allows for a model: what "share of the physical limit" divides by.
+"""The most tokens a second that a machine allows for a model: what "share of the physical limit" divides by.
 
-Used by `measure.py`. A decode step reads the weights once, and the keys and values of each stream; prompts cost nothing
-here, so the limit is never too low.
+Used by `measure.py`. A decode step reads the weights once, and the keys and values of each stream; prompts cost no
+reading here. Where the rate of a card's matrix units is known, every token in and out that isn't shared is computed
+with it, and the lower limit counts. Both may be too high, never too low (for bf16; narrower types compute faster).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import SeptetError
-from septet.geometry import kv_bytes_per_token
+from septet.geometry import flops_per_token, kv_bytes_per_token
 
 if TYPE_CHECKING:
     from septet.bench.harness.workload import Workload
@@ -27,23 +29,36 @@ class Limit:
     by: str  # how that is known
     weights: int  # bytes that a step reads
     config: ModelConfig
+    flops: float | None = None  # of the matrix units, bf16; None: not known, memory alone is the limit
 
     def tokens_s(self, work: Workload, streams: int) -> float | None:
         """None where arrivals, not the machine, set the pace."""
         if work.kind not in ("closed", "agents"):
             return None
-        context = work.prefix + work.turns * (work.prompt + work.output) / 2
+        said = (work.turns - 1) / 2 * (work.prompt + work.output)  # before, in the average turn
+        context = work.prefix + said + work.prompt + work.output / 2
         kv = streams * context * kv_bytes_per_token(self.config, "float16")
-        return streams * self.read_gb_s * 1e9 / (self.weights + kv)
+        memory = streams * self.read_gb_s * 1e9 / (self.weights + kv)
+        if self.flops is None:
+            return memory
+        return min(memory, self.flops / flops_per_token(self.config) * work.output / (work.prompt + work.output))
 
     def data(self) -> dict[str, Any]:
-        return {"model": self.model, "read_gb_s": self.read_gb_s, "by": self.by, "weights_bytes": self.weights}
+        return {"model": self.model, "read_gb_s": self.read_gb_s, "by": self.by, "weights_bytes": self.weights,
+                "flops": self.flops}  # fmt: skip
+
+
+@cache
+def _probed() -> tuple[float, str]:
+    from septet.bench.cpu_probe import probe
+
+    found = probe()
+    return float(str(found["gb_s"])), f"probed just before ({found['by']})"
 
 
 def find(model: str, gpu: str | None) -> Limit | str:
     """Of a model on this machine, or why it is not known."""
     from septet.bench.cpu_host import bytes_per_token
-    from septet.bench.cpu_probe import probe
     from septet.bench.gpu_limits import CARDS
     from septet.hub.model_config import read_model_config
     from septet.hub.pull import resolve
@@ -53,11 +68,10 @@ def find(model: str, gpu: str | None) -> Limit | str:
         config = read_model_config(path)
         weights, _ = bytes_per_token(path, config)
     except SeptetError as error:
-        return f"no physical limit: {error.message}"
+        return f"no physical limit for {model}: {error.message}"
     if gpu is None:
-        found = probe()
-        return Limit(model, float(str(found["gb_s"])), f"probed just before ({found['by']})", weights, config)
+        return Limit(model, *_probed(), weights, config)
     for name, card in CARDS.items():
         if name in gpu:
-            return Limit(model, card.bytes_per_s / 1e9, f"measured on an {name}", weights, config)
-    return f"no physical limit: the read rate of {gpu} is not known here"
+            return Limit(model, card.bytes_per_s / 1e9, f"measured on an {name}", weights, config, card.flops)
+    return f"no physical limit for {model}: the read rate of {gpu} is not known here"

@@ -15,7 +15,7 @@ from septet.advisor.arrivals import Arrival, Lengths, poisson, read_trace
 if TYPE_CHECKING:
     from septet.bench.harness.workload import Point, Workload
 
-__all__ = ["Ask", "asks", "words"]
+__all__ = ["Ask", "asks", "warm_up", "words"]
 
 WORDS = """
 river sea mountain road house garden window table paper music winter summer morning evening market city village
@@ -25,7 +25,8 @@ voice song dance game school church library office kitchen door wall floor stree
 silver iron glass wood bread fruit apple tea coffee sugar salt knife machine engine wheel wire phone camera film
 book page word line point world earth moon star sun sky wind heat power speed force weight price value trade law
 """.split()  # noqa: SIM905
-BURST = 4.0
+BURST, WARM_TOKENS = 4.0, 4
+_TASK = "Describe a person as JSON with name, age, city and tags. Notes:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,27 @@ def asks(work: Workload, point: Point, seed: int, round_number: int) -> list[Ask
     for a in arrivals:
         if a.prefix and a.prefix_id not in shared:
             shared[a.prefix_id] = words(rng, a.prefix)
-    fields: dict[str, Any] = {}
-    if work.schema is not None:
-        form = {"name": "record", "schema": work.schema, "strict": True}
-        fields = {"response_format": {"type": "json_schema", "json_schema": form}}
-    found = []
+    fields, found = _fields(work), []
     for a in arrivals:
         turns = tuple(_question(rng, a.prompt - a.prefix, work) for _ in range(work.turns))
         if a.prefix:  # in the user's words: not every template knows a system's
             turns = (f"{shared[a.prefix_id]}\n{turns[0]}", *turns[1:])
         found.append(Ask(a.at, turns, a.output, fields))
     return found
+
+
+def warm_up(work: Workload, point: Point) -> list[Ask]:
+    """Small requests of the same form and number, which are not measured: what an engine makes ready once (a grammar,
+    a batch size) is then ready."""
+    return [Ask(0.0, (f"{_TASK} {i}" if work.schema else f"Hello {i}",), WARM_TOKENS, _fields(work))
+            for i in range(point.streams)]  # fmt: skip
+
+
+def _fields(work: Workload) -> dict[str, Any]:
+    if work.schema is None:
+        return {}
+    form = {"name": "record", "schema": work.schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
 def _replayed(trace: list[Arrival], share: float) -> list[Arrival]:
@@ -76,7 +87,7 @@ def _replayed(trace: list[Arrival], share: float) -> list[Arrival]:
 
 def _question(rng: random.Random, n: int, work: Workload) -> str:
     said = words(rng, n)
-    return f"Describe a person as JSON with name, age, city and tags. Notes: {said}" if work.schema else said
+    return f"{_TASK} {said}" if work.schema else said
 
 
 def _arrivals(work: Workload, point: Point, rng: random.Random) -> list[Arrival]:

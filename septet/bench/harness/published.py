@@ -39,23 +39,24 @@ def amount(entry: dict[str, Any]) -> str:
 def nearest(results: Path) -> dict[str, str]:
     """Entry -> what Septet measured on the workload nearest to it, with what differs. Of the JSON files in `results`
     that `septet.bench.gpu_workloads` wrote; none: {}."""
-    measured: dict[str, tuple[dict[str, float], str]] = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(results.glob("*.json")):
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
         if isinstance(found, dict) and found.get("benchmark") == "gpu_workloads" and found.get("target") == "septet":
-            date, card = str(found.get("date", "undated"))[:10], found.get("machine", {}).get("gpu", "a GPU")
-            measured[found["shape"]] = (found["figures"], f"{card}, {date}, commit {found.get('commit')}")
+            measured.setdefault(found["shape"], []).append(found)
     said = {}
-    for entry, match in json.loads(files("septet.bench.harness").joinpath("published.json").read_text())[
-        "nearest"
-    ].items():
-        figures, where = measured.get(match["shape"], ({}, ""))
-        value = figures.get(match["figure"])
-        if value is not None:
-            said[entry] = f"{_rate(match['figure'], value)} ({match['differs']}; {where})"
+    pairs = json.loads(files("septet.bench.harness").joinpath("published.json").read_text())["nearest"]
+    for entry, match in pairs.items():
+        runs = [run for run in measured.get(match["shape"], []) if match["figure"] in run["figures"]]
+        if runs:
+            values = sorted({_rate(match["figure"], run["figures"][match["figure"]]) for run in runs})
+            dates = sorted({str(run.get("date", "undated"))[:10] for run in runs})
+            card = runs[0].get("machine", {}).get("gpu", "a GPU")
+            what = f"{' and '.join(values)} in {len(runs)} run{'s' * (len(runs) > 1)}"
+            said[entry] = f"{what} ({match['differs']}; {card}, {' and '.join(dates)})"
     return said
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from septet.bench.harness.charts import Bar, Dot, bars, legend, lines
 from septet.bench.harness.figures import UNITS
-from septet.bench.harness.markdown import about, cost, markdown, number, started, with_interval
+from septet.bench.harness.markdown import about, cost, engines, markdown, number, table, with_interval
 from septet.bench.harness.published import amount, reference
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _charts(document: dict[str, Any], names: list[str]) -> list[str]:
         ("output_tokens_s", "Output tokens a second, by workload", "More is better."),
         ("ttft_ms", "Time to first token, by workload", "Less is better; ms."),
         ("goodput_s", "Goodput", "Requests a second answered within the workload's TTFT and TPOT."),
-        ("memory_mib", "Memory", "Peak MiB of the engine's processes; what they share is counted once."),
+        ("memory_mib", "Memory", "Peak MiB of the engine's processes since they started; what they share counts once."),
         ("gpu_memory_mib", "GPU memory", "Peak MiB above what was in use before the engine."),
         ("joules_per_token", "Energy", "Joules of the GPUs per output token."),
     ):
@@ -92,7 +92,7 @@ def _charts(document: dict[str, Any], names: list[str]) -> list[str]:
             Bar(_where(p), names.index(p["target"]), p["target"], p["share_of_limit"], f"{p['share_of_limit']:.0%}")
             for p in shares
         ]
-        card("Share of the physical limit", "Of the tokens a second that reading weights, keys and values allows.",
+        card("Share of the physical limit", "Of the tokens a second that the machine allows (see above).",
              bars(rows, "share of the physical limit"))  # fmt: skip
     return found
 
@@ -119,27 +119,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _engines(document: dict[str, Any]) -> str:
-    rows = [
-        [t["name"], t["model"] or t.get("served_model", ""), t["status"], t["why"], started(t)]
-        for t in document["targets"]
-    ]
-    return "<h2>Engines</h2>" + _table(["engine", "model", "state", "why", "start, s"], rows)
+    return "<h2>Engines</h2>" + _table(*engines(document))
 
 
 def _tables(document: dict[str, Any]) -> list[str]:
-    found = []
-    for workload in dict.fromkeys(p["workload"] for p in document["points"]):
-        points = [p for p in document["points"] if p["workload"] == workload]
-        shown = [name for name in UNITS if any(name in p["figures"] for p in points)]
-        rows = []
-        for p in points:
-            usd, share = cost(document, p), p["share_of_limit"]
-            cells = [p["target"], p["label"] + (" (partial)" if p["partial"] else "")]
-            cells += [with_interval(p["figures"].get(name)) for name in shown]
-            rows.append([*cells, number(usd), f"{share:.0%}" if share else ""])
-        head = ["engine", "point", *(UNITS[n] for n in shown), "$ per 1M out", "of the limit"]
-        found.append(f"<h2>{escape(points[0]['title'])} ({escape(workload)})</h2>" + _table(head, rows))
-    return found
+    titles = {p["workload"]: p["title"] for p in document["points"]}
+    return [
+        f"<h2>{escape(title)} ({escape(workload)})</h2>" + _table(*table(document, workload))
+        for workload, title in titles.items()
+    ]
 
 
 def _published() -> str:

@@ -11,16 +11,21 @@ import shlex
 import shutil
 import sys
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from septet.errors import InvalidRequest, SeptetError
 
-__all__ = ["Target", "at_url", "known", "target"]
+if TYPE_CHECKING:
+    from septet.bench.harness.workload import Workload
+
+__all__ = ["Target", "at_url", "fitted", "known", "target"]
+
+MOST_SLOTS, MOST_TOKENS, FEW = 64, 131_072, 16  # of engines that reserve a context for each request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,7 @@ class Target:
     served_name: bool = True  # ask the server for the model's name
     fixed: dict[str, Any] = field(default_factory=dict)
     missing: str = ""  # why it can't be started here
+    note: str = ""  # what a reader of its figures must know
     api_key: str | None = None
 
 
@@ -68,9 +74,29 @@ def target(given: str, programs: dict[str, str], arguments: dict[str, str]) -> T
         **common,
         command=tuple(filled),
         environment=entry.get("environment", {}),
+        note=next((note for word, note in entry.get("notes", {}).items() if word in command), ""),
         served_name=entry["named"] == "served",
         fixed=entry["fixed"],
     )
+
+
+def fitted(target: Target, workloads: list[Workload]) -> Target:
+    """With {context}, {slots} and {tokens} (both multiplied) filled in: what the workloads need. An engine that is left
+    with fewer slots would be measured as a queue."""
+    streams = max(
+        (p.streams if w.kind in ("closed", "agents") else FEW for w in workloads for p in w.points()), default=1
+    )
+    context = -(-int(max((w.longest for w in workloads), default=0) * 1.25 + 256) // 256) * 256
+    slots = max(1, min(streams, MOST_SLOTS, MOST_TOKENS // context))
+    known = {"{context}": str(context), "{slots}": str(slots), "{tokens}": str(slots * context)}
+
+    def filled(word: str) -> str:
+        for name, value in known.items():
+            word = word.replace(name, value)
+        return word
+
+    return replace(target, command=tuple(map(filled, target.command)),
+                   environment={name: filled(value) for name, value in target.environment.items()})  # fmt: skip
 
 
 def at_url(url: str, model: str | None, api_key: str | None) -> Target:
@@ -83,14 +109,14 @@ def at_url(url: str, model: str | None, api_key: str | None) -> Target:
 
 
 def _command(name: str, launches: list[list[str]], programs: dict[str, str]) -> list[str] | str:
-    """The first command that this machine has, or what is missing."""
+    """The first command that this machine has, or what is missing. "{python}" is this Python, or the one given."""
     tried = []
     for launch in launches:
-        first, module = launch[0], launch[2] if launch[1] == "-m" else None
+        module = launch[2] if launch[0] == "{python}" and launch[1:2] == ["-m"] else None
         if name in programs:
             # A Python of another environment takes the place of ours; any other program that of the first word.
             given = programs[name]
-            if Path(given).name.startswith("python") != (module is not None):
+            if Path(given).name.startswith("python") != (launch[0] == "{python}"):
                 continue
             if shutil.which(given) is None:
                 return f"--program {name}={given}: no such program"
@@ -101,9 +127,9 @@ def _command(name: str, launches: list[list[str]], programs: dict[str, str]) -> 
             tried.append(f"python -m {module}")
         else:
             beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-            if found := shutil.which(first, path=beside):
+            if found := shutil.which(launch[0], path=beside):
                 return [found, *launch[1:]]
-            tried.append(first)
+            tried.append(launch[0])
     if name in programs:
         return f"--program {name}={programs[name]}: this engine is started otherwise (see docs/benchmarking.md)"
     return f"not installed: {' or '.join(tried)} not found (--program {name}=PATH if it is elsewhere)"

@@ -1,6 +1,7 @@
 """What an engine takes while it is measured: memory of its processes, the GPU's memory and power. A thread that looks.
 
-Used by `measure.py`. Where a machine does not tell (no nvidia-smi, no power, a server that is not ours): None.
+Used by `measure.py`. Where a machine does not tell (no nvidia-smi, no power, a server that is not ours, GPUs shared
+with another engine that is up): None.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ EVERY_S = 0.5
 class Watch:
     """As a context: `memory_mib` is the peak, `energy_j` what the GPUs took meanwhile."""
 
-    def __init__(self, server: Running, gpu_before_mib: float | None = None) -> None:
+    def __init__(self, server: Running, gpu_before_mib: float | None = None, *, gpus: bool = True) -> None:
         self.server, self.gpu_before = server, gpu_before_mib
         self.memory_mib: float | None = None
         self.gpu_mib: float | None = None
         self.energy_j: float | None = None
         self._done = threading.Event()
-        self._has_gpu = shutil.which("nvidia-smi") is not None
+        self._has_gpu = gpus and server.process is not None and shutil.which("nvidia-smi") is not None
+        self._before: tuple[float, float] | None = None
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Watch:
@@ -40,13 +42,14 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join(10)
+        if self._has_gpu and not self._thread.is_alive():
+            self._note_gpu()  # the time since the last look counts, too
 
     def _look(self) -> None:
-        before: tuple[float, float] | None = None
         while True:
-            self._note_memory()
             if self._has_gpu:
-                before = self._note_gpu(before)
+                self._note_gpu()
+            self._note_memory()
             if self._done.wait(EVERY_S):
                 return
 
@@ -55,16 +58,15 @@ class Watch:
         if total:
             self.memory_mib = max(self.memory_mib or 0.0, total / 2**20)
 
-    def _note_gpu(self, before: tuple[float, float] | None) -> tuple[float, float] | None:
+    def _note_gpu(self) -> None:
         memory, power = gpu_now()
         now = time.perf_counter()
         if memory is not None and self.gpu_before is not None:
             self.gpu_mib = max(self.gpu_mib or 0.0, memory - self.gpu_before)
-        if power is None:
-            return None
-        if before is not None:
-            self.energy_j = (self.energy_j or 0.0) + (power + before[1]) / 2 * (now - before[0])
-        return now, power
+        if power is not None and self._before is not None:
+            then, watts = self._before
+            self.energy_j = (self.energy_j or 0.0) + (power + watts) / 2 * (now - then)
+        self._before = None if power is None else (now, power)
 
 
 def _proportional(process: psutil.Process) -> int:

@@ -5,12 +5,14 @@ Used by `prompts.py` (which makes its requests) and by the command. Knows no eng
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from septet.advisor.arrivals import read_trace
 from septet.errors import InvalidRequest
 
 __all__ = ["Point", "Workload", "load", "names"]
@@ -50,6 +52,20 @@ class Workload:
         if self.kind == "trace":
             return [Point("trace", 1, 1, 0.0)]
         return [Point(f"{n} at once", n, n, 0.0) for n in self.streams]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest conversation may hold, about."""
+        if self.trace is not None:
+            return max(a.prompt + a.output for a in read_trace(self.trace))
+        return self.prefix + self.turns * (self.prompt + self.output) * (4 if self.spread else 1)
+
+    def data(self) -> dict[str, Any]:
+        """What was run, for the results: a trace by its name and content."""
+        told = asdict(self)
+        if self.trace is not None:
+            told["trace"] = {"name": self.trace.name, "sha256": hashlib.sha256(self.trace.read_bytes()).hexdigest()}
+        return told
 
     def scaled(self, by: float) -> Workload:
         """Fewer and shorter requests, fewer streams, slower arrivals; never none."""
@@ -117,6 +133,10 @@ def _checked(given: dict[str, Any], path: Path) -> Workload:
         raise wrong("an open workload needs rates")
     if given["kind"] == "trace" and "trace" not in given:
         raise wrong("a trace workload needs trace, the name of a file beside it")
+    if dead := sorted(set(given) - USED[given["kind"]] - {"title", "about", "kind"}):
+        raise wrong(f"a workload of kind {given['kind']!r} does not use {', '.join(dead)}")
+    if given.get("schema") == {}:
+        raise wrong("schema is empty; leave it out where answers are free")
     if "trace" in given:
         given["trace"] = path.parent / given["trace"]
     for name in ("streams", "rates"):
@@ -131,6 +151,13 @@ COUNTS = {
     "output": MOST_TOKENS,
     "groups": MOST_REQUESTS,
     "turns": 100,
+}
+LENGTHS = {"requests", "prompt", "output", "spread", "prefix", "groups", "schema", "ttft_ms", "tpot_ms"}
+USED = {  # by kind; any other field is a mistake
+    "closed": LENGTHS | {"streams"},
+    "agents": LENGTHS | {"streams", "turns"},
+    "open": LENGTHS | {"rates", "shape"},
+    "trace": {"trace", "stretch", "share", "ttft_ms", "tpot_ms"},
 }
 ONE_OF = {"kind": KINDS, "shape": SHAPES}
 
