@@ -42,11 +42,10 @@ class LeapingScheduler(Scheduler):
 
     def leap(self, steps: int, token: int) -> list[str]:
         """Take so many of these steps, every row drawing `token` in each: who has ended."""
-        drawn, grow, last = array("i", [token]) * steps, self.cache.grow, self._step + steps - 1
+        drawn, last = array("i", [token]) * steps, self._step + steps - 1
         rows, ending = len(self._running), []
+        self.cache.grow_each([seq.lease for seq in self._running if seq.lease is not None], steps)
         for seq in self._running:
-            assert seq.lease is not None
-            grow(seq.lease, steps)
             seq.tokens.extend(drawn)
             seq.length += steps
             seq.planned = seq.computed = seq.length - 1

@@ -92,7 +92,12 @@ class OutputEstimate:
 
     def slots_of(self, running: Iterable[Sequence]) -> int:
         """If all of them reached their end together: an upper bound of `peak`, and cheaper."""
-        return sum(map(self.slots, running))
+        total, ratio, horizon = 0, self.ratio, self.config.horizon
+        for seq in running:  # as `slots`, for hundreds of them
+            left = seq.limit - seq.length
+            if left > 0:
+                total += seq.length - seq.planned + min(math.ceil(left * ratio), horizon)
+        return total
 
     def peak(self, running: Iterable[Sequence], seq: Sequence, wanted: int) -> int:
         """Most slots wanted on top of those leased now, at any time, if `seq` starts now and wants `wanted` at once.

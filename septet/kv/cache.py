@@ -146,17 +146,21 @@ class KVCache:
         lease.slots.extend(taken)
         return tuple(taken)
 
-    def grow_each(self, leases: list[Lease]) -> list[int] | None:
-        """A slot more for each, as `grow` would give them in turn. None: not enough for all, nothing changed."""
-        free, n = self._free, len(leases)
+    def grow_each(self, leases: list[Lease], each: int = 1) -> list[int] | None:
+        """Slots for the next `each` positions of every lease, in turn. None: not enough for all, nothing changed."""
+        free, n = self._free, len(leases) * each
         if len(free) < n and not self._make_room(n):
             return None
         at = len(free) - n
         taken = free[at:]
         del free[at:]
         taken.reverse()
-        for lease, slot in zip(leases, taken, strict=True):
-            lease.slots.append(slot)
+        if each == 1:
+            for lease, slot in zip(leases, taken, strict=True):
+                lease.slots.append(slot)
+        else:
+            for i, lease in enumerate(leases):
+                lease.slots += taken[i * each : (i + 1) * each]
         self.granted += n
         return taken
 
