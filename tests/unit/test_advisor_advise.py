@@ -196,6 +196,11 @@ def test_a_hard_engine_is_out_for_local_work_and_an_edge_needs_one_that_runs_the
     assert all("tgi" not in [r.engine for r in rank(ask(*each))] for each in ALL), "archived"
 
 
+def test_an_answer_that_counts_for_nothing_is_told() -> None:
+    (told,) = advise(ask("h100", "edge", "agents")).silent
+    assert told == "priority 'agents' counts for nothing: no engine that it ranks can be had here"
+
+
 def test_ties_stand_level() -> None:
     found = advise(ask("h100", "cost", "throughput")).ranking
     assert [(r.place, r.tied) for r in found[:3]] == [(1, True), (1, True), (3, False)]
