@@ -28,6 +28,13 @@ class _Figure(msgspec.Struct):
     runs: int
 
 
+class _Client(msgspec.Struct):
+    busy: float
+    lag_ms: float
+    late_ms: float
+    bound: bool
+
+
 class _Point(msgspec.Struct):
     target: str
     workload: str
@@ -39,7 +46,7 @@ class _Point(msgspec.Struct):
     share_of_limit: float | None
     partial: bool
     figures: dict[str, _Figure]
-    client: dict[str, float]
+    client: _Client
     runs: list[dict[str, Any]]
 
 
