@@ -274,8 +274,8 @@ def speed(requests: int) -> dict[str, object]:
                                    "others": round(others, 3)}  # fmt: skip
         print(
             f"  {cores} cores: {len(trace):,} requests, {rows:,} row-steps in {seconds:.1f} s: "
-            f"{len(trace) / seconds:,.0f} requests/s, {rows / seconds:,.0f} row-steps/s, a million in {million:.1f} min; "
-            f"other programs took {others:.0%} of the CPUs at least"
+            f"{len(trace) / seconds:,.0f} requests/s, {rows / seconds:,.0f} row-steps/s, a million in {million:.1f} "
+            f"min; other programs took {others:.0%} of the CPUs at least"
         )
     return found
 
