@@ -433,11 +433,6 @@ void linear(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, 
   }
 }
 
-// Quantising writes few bytes: AVX2's version serves, and gives the same bits.
-void quantize(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {
-  avx2_kernels()->quantize_rows(x, ldx, k, t0, t1, out);
-}
-
 // As `linear`, with bfloat16 weights left to VDPBF16PS.
 void linear_with_bf16(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, int64_t t_count, int64_t g0,
                       int64_t g1, float* y, int64_t ldy, const float* bias) {
@@ -445,8 +440,9 @@ void linear_with_bf16(const Packed& w, const QuantInput& qx, const float* x, int
     linear(w, qx, x, ldx, t_count, g0, g1, y, ldy, bias);
 }
 
-constexpr Kernels AVX512 = {Path::avx512, quantize, linear};
-constexpr Kernels AVX512_BF16 = {Path::avx512, quantize, linear_with_bf16};
+// Quantising writes few bytes: AVX2's version serves, and gives the same bits.
+constexpr Kernels AVX512 = {Path::avx512, avx2_quantize, linear};
+constexpr Kernels AVX512_BF16 = {Path::avx512, avx2_quantize, linear_with_bf16};
 
 }  // namespace
 

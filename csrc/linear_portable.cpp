@@ -27,7 +27,7 @@ void put(QuantInput& out, int64_t t, int64_t b, const QuantBlock& block) {
   to.d[lane] = block.d;
   to.ds[lane] = block.d * static_cast<float>(low + high);
   to.sum[lane] = low + high;
-  to.pair[lane] = two_halves(low, high);
+  to.less8[lane] = two_halves(-8 * low, -8 * high);
   to.half[0][lane] = block.half[0];
   to.half[1][lane] = block.half[1];
 }
