@@ -50,8 +50,9 @@ class Summary:
             return f"  {name} ms   " + "   ".join(f"{k} {v:,.1f}" for k, v in of.items())
 
         return [
-            f"{self.requests:,} requests in {self.seconds:,.1f} s: {self.requests_per_s:,.2f} requests/s, "
-            f"{self.output_tokens_per_s:,.0f} output tokens/s" + (f", {self.refused} refused" if self.refused else ""),
+            f"{self.requests:,} requests in {self.seconds:,.1f} s, to the last answer: {self.requests_per_s:,.2f} "
+            f"requests/s, {self.output_tokens_per_s:,.0f} output tokens/s"
+            + (f", {self.refused} refused" if self.refused else ""),
             row("TTFT", self.ttft_ms),
             row("TPOT", self.tpot_ms),
             f"  goodput {self.goodput_share:.1%} within the targets, prefix hits {self.hit_rate:.1%}, replicas busy "
