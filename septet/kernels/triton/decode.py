@@ -60,12 +60,13 @@ def _rotated(
 
 
 @triton.jit
-def _keys(k_ptr, v_ptr, slot_of_ptr, start, hi, at, e, k_stride, v_stride, half: tl.constexpr, E: tl.constexpr,
-          BLOCK_N: tl.constexpr, HOLES: tl.constexpr):  # fmt: skip
+def _keys(k_ptr, v_ptr, slot_of_ptr, start, hi, at, e, k_stride, v_stride, E: tl.constexpr, BLOCK_N: tl.constexpr,
+          HOLES: tl.constexpr):  # fmt: skip
     """Keys (both halves) and values of positions start .. min(start + BLOCK_N, hi) - 1, and which these are.
 
     Beyond: zeros if HOLES, else position hi - 1 again, which there must be; that needs no mask.
     """
+    half: tl.constexpr = E // 2
     n = start + tl.arange(0, BLOCK_N)
     here = n < hi
     if HOLES:
@@ -191,8 +192,8 @@ def _decode_kernel(
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
-    arrived (R, G) int32: zero, and left zero. LEAST: tokens of a share, unless it is the last one; whole turns.
-    AHEAD: one row; programs without a share prefetch the constant `next`.
+    arrived (R, G) int32: zero, and left zero. LEAST: tokens of a share but for the last one; whole turns. AHEAD: one
+    row; programs without a share prefetch the constant `next`.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half: tl.constexpr = E // 2
@@ -200,6 +201,7 @@ def _decode_kernel(
     m, at, e = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_E // 2)[None, :], tl.arange(0, BLOCK_E)[None, :]
     if PDL:
         gdc_launch_dependents()
+    slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
     key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
     share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
@@ -209,16 +211,14 @@ def _decode_kernel(
             _fetch_ahead(next_ptr, next_lines, (split - used) * G + kv_head, (SPLITS - used) * G)
         return
     lo, hi = key_lo + split * share, tl.minimum(key_lo + (split + 1) * share, past)
-    slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
     if PRELOAD:
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, half, E, BLOCK_N, True)
-    slot = tl.load(slots_ptr + row)
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, E, BLOCK_N, True)
+    slot, line = tl.load(slots_ptr + row), row.to(tl.int64) * ((RATIO + 2) * G * E)
     angle = cos_sin_ptr + past.to(tl.int64) * E + at
     cos, sin = tl.load(angle, mask=at < half, other=0.0), tl.load(angle + half, mask=at < half, other=0.0)
     if PDL:
         gdc_wait()
-    line = row.to(tl.int64) * ((RATIO + 2) * G * E)
     q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m) * E, at, (m < RATIO) & (at < half), half, cos, sin,
                       q_norm_ptr, eps, E, NORM, PARTS, part_stride, KIND)  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -227,8 +227,7 @@ def _decode_kernel(
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
         lo += BLOCK_N
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, half, E, BLOCK_N,
-                                False)  # fmt: skip
+        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, E, BLOCK_N, False)
         acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
     if split == 0:
         acc, top, total = _own_token(

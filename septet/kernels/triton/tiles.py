@@ -112,22 +112,24 @@ def decode_tile(n_pairs: int, row_bytes: int, n_sms: int) -> DecodeTile:
     """Few programs live on latency, many on bandwidth: then registers are better spent on more of them at once.
     n_pairs: rows x KV heads; row_bytes: of one key of one head, padded to a power of two.
 
-    The first and the last line were measured on an H100. Those between hold a context too long for one turn, and each
-    multiprocessor has too few programs for one to load while another computes: they load ahead themselves.
+    The first line was measured on an H100, for contexts of one turn. The others hold contexts of many turns, and load
+    ahead: a program that waits for each turn takes so long for a long row that the others are done before it.
     """
 
-    def tokens(most: int) -> int:
-        """As many as fill so many lines of 256 bytes, K and V alone, 32 to 128."""
-        return max(min(most * 256 // row_bytes, most), 32)
+    def tokens(n_bytes: int, most: int) -> int:
+        """Of which K and V alone are n_bytes."""
+        return max(min(n_bytes // row_bytes, most), 32)
 
+    few, many = tokens(1 << 15, 128), tokens(1 << 13, 64)
     if 4 * n_pairs <= n_sms:
-        return DecodeTile(tokens(128), 2, 4, True, tokens(128))
-    ahead = STAGES if 3 * 64 * row_bytes <= PIPELINE_BYTES else 3  # three turns of 32 tokens, K and V, or one
+        return DecodeTile(few, 2, 4, True, few)
+    ahead = STAGES if 3 * 2 * many * row_bytes <= PIPELINE_BYTES else 3  # what is ahead lies in three buffers
     if n_pairs <= 2 * n_sms:
-        return DecodeTile(tokens(64), ahead, 4, True, 256)
+        return DecodeTile(tokens(1 << 14, 64), ahead, 4, True, 128 if n_pairs <= n_sms else 256)
     if n_pairs <= WAVE * n_sms:
-        return DecodeTile(max(min(32 * 256 // row_bytes, 64), 32), ahead, 4, False, 512)
-    return DecodeTile(tokens(64), 3, 2, False, 512)
+        small = row_bytes <= 128  # larger heads have no registers left for a turn of their own, four programs wanted
+        return DecodeTile(many, ahead, 4, small, 512)
+    return DecodeTile(many, ahead, 2, False, 512)
 
 
 def decode_splits(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
