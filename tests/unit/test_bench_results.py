@@ -183,7 +183,7 @@ def test_names_of_others_are_no_markup() -> None:
     text, page = markdown(told), html(told)
     assert "<script>" not in text + page
     [row] = [line for line in text.splitlines() if line.startswith("| t | ") and "script" in line]
-    assert row.replace("\\|", "").count("|") == 7
+    assert row.replace("\\|", "").count("|") == 5
     assert "\\[a\\](http" in row
 
 

@@ -52,9 +52,7 @@ def compare(
     """
     if unknown := sorted(set(wanted) - set(BETTER)):
         raise InvalidRequest(f"no figure {unknown[0]!r} to compare; there are {', '.join(BETTER)}")
-    other = {
-        name for name, work in before["workloads"].items() if after["workloads"].get(name, work) != work
-    }  # of the same name, but not the same
+    other = {name for name in before["workloads"] if _differs(name, before, after)}  # of one name, but not the same
     a, b = ({(p["target"], p["workload"], p["label"]): p for p in d["points"]} for d in (before, after))
     notes = _notes(before, after, [key for key in b if key not in a], sorted(other))
     both = [key for key in a if key in b and key[1] not in other]
@@ -94,9 +92,7 @@ def _notes(
         if one != two:
             notes.append(f"other machines: {name} {one} and {two}")
     for name in other:
-        one, two = before["workloads"][name], after["workloads"][name]
-        differs = (f"{k} {one.get(k)} and {two.get(k)}" for k in sorted({*one, *two}) if one.get(k) != two.get(k))
-        notes.append(f"workload {name} is not the same and not compared: {'; '.join(differs)}")
+        notes.append(f"workload {name} is not the same and not compared: {_differs(name, before, after)}")
     if before["seed"] != after["seed"]:
         notes.append(f"other prompts: seed {before['seed']} and {after['seed']}")
     if before["rounds"] != after["rounds"]:
@@ -118,6 +114,14 @@ def _notes(
         if bound := [f"{p['target']}, {p['workload']}, {p['label']}" for p in d["points"] if p["client"]["bound"]]:
             notes.append(f"the {which} was held up by its client: {'; '.join(bound)}")
     return notes + [f"only in the second: {', '.join(key)}" for key in new]
+
+
+def _differs(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What of a workload's definition does; '' where it is the same, or not in both."""
+    one = before["workloads"][name]
+    two = after["workloads"].get(name, one)
+    fields = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and k not in ("title", "about")]
+    return "; ".join(f"{k} {one.get(k)} and {two.get(k)}" for k in fields)
 
 
 def _said(value: Any) -> str:

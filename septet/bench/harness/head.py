@@ -6,7 +6,6 @@ import math
 import shlex
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from septet.advisor.hardware import all_hardware
@@ -23,7 +22,7 @@ def head(*, seed: int, rounds: int, scale: float, price: float | None, ours: boo
         raise InvalidRequest(f"--price {price:g} is no price of an hour", param="price")
     card = gpu()
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["septet", *sys.argv[1:]]),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {**machine(), **card},

@@ -24,7 +24,8 @@ def with_interval(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return ""
     text = number(figure["median"])
-    return text if figure["low"] is None else f"{text} ({number(figure['low'])} to {number(figure['high'])})"
+    low, high = number(figure["low"]), number(figure["high"])
+    return text if low == high in ("", text) else f"{text} ({low} to {high})"
 
 
 def plain_lines(document: dict[str, Any]) -> list[str]:
@@ -59,8 +60,8 @@ def label(point: dict[str, Any]) -> str:
 def about(document: dict[str, Any]) -> list[str]:
     """What a reader must know before the figures."""
     m = document["machine"]
-    machine = m.get("gpu") or f"{', '.join(m['cpu'])}, {m['allowed_cores']} cores"
     launched = any(t["command"] for t in document["targets"])
+    machine = (launched and m.get("gpu")) or f"{', '.join(m['cpu'])}, {m['allowed_cores']} cores"
     where = f"Measured on {document['date']} on {machine}" if launched else (
         f"Asked on {document['date']} from {machine}; where the servers run is not known"
     )  # fmt: skip
@@ -113,7 +114,9 @@ def engines(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
          " ".join(t["command"])]
         for t in document["targets"]
     ]  # fmt: skip
-    return ["engine", "version", "model", "state", "start, s", "command"], rows
+    head = ["engine", "version", "model", "state", "start, s", "command"]
+    used = [i for i in range(len(head)) if i < 4 or any(row[i] for row in rows)]
+    return [head[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def markdown(document: dict[str, Any]) -> str:
