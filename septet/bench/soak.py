@@ -61,6 +61,7 @@ class Memory:
     pids: list[int]
     resident: list[tuple[float, int]] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)  # processor seconds of each when the load began
     until: float = float("inf")  # when the load ends: then batches shrink, and steps of other sizes load their share
 
     def sample(self) -> None:
@@ -93,11 +94,22 @@ class Soak:
         self.host, _, port = root.removeprefix("http://").partition(":")
         self.port = int(port)
         self.model = model
-        self.ends_at = time.monotonic() + seconds
+        self.seconds = seconds
+        self.ends_at = 0.0
         self.seen = Seen()
         self.rng = random.Random(seed)
 
+    async def warm(self, streams: int) -> None:
+        """All at once, and to their end: steps of every size, the whole pool; what is taken once is taken then."""
+        own, self.seen = self.seen, Seen()
+        said = {"model": self.model, "stream": True, "max_tokens": 12, "ignore_eos": True}
+        bodies = [said | {"messages": [{"role": "user", "content": f"{i} {TEXT}"}]} for i in range(streams)]
+        async with asyncio.timeout(GRACE_S):
+            await asyncio.gather(*(self._ask(body, "answer") for body in bodies))
+        self.seen = own
+
     async def run(self, streams: int) -> None:
+        self.ends_at = time.monotonic() + self.seconds
         async with asyncio.timeout(self.ends_at - time.monotonic() + GRACE_S):
             await asyncio.gather(*(self._client(number) for number in range(streams)))
 
@@ -215,7 +227,9 @@ async def soak(root: str, popen: subprocess.Popen[str], options: argparse.Namesp
     with open(f"/proc/{popen.pid}/task/{popen.pid}/children") as file:
         engine = int(file.read().split()[0])
     memory, work = Memory([popen.pid, engine]), Soak(root, options.model, options.seconds, options.seed)
-    memory.until = work.ends_at
+    await work.warm(options.streams)
+    memory.until = time.monotonic() + options.seconds
+    memory.worked = [processor_seconds(pid) for pid in memory.pids]
 
     async def watch() -> None:
         while True:
@@ -260,12 +274,9 @@ def main() -> int:
     options = parser.parse_args()
     popen, root = start(options.model, options.flags.split())
     try:
-        begun = time.monotonic()
-        before = [processor_seconds(popen.pid)]
         seen, memory = asyncio.run(soak(root, popen, options))
-        wall = time.monotonic() - begun
-        http = processor_seconds(popen.pid) - before[0]
-        engine = processor_seconds(memory.pids[1])
+        wall = memory.resident[-1][0] - memory.resident[0][0]
+        http, engine = (processor_seconds(pid) - at for pid, at in zip(memory.pids, memory.worked, strict=True))
         time.sleep(SETTLE_S)
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "septet:kv_slots_leased")
         left = {
