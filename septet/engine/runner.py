@@ -18,6 +18,7 @@ from septet.engine.layout import lay_out, lay_out_decode
 from septet.engine.pooling import Pooling
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
 from septet.engine.staging import HostCopy
+from septet.engine.taped import TapedDecode
 from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
     from septet.engine.static import StaticStep
-    from septet.engine.taped import Buffers, TakenStep, TapedDecode
+    from septet.engine.taped import Buffers, TakenStep
     from septet.kernels.ops import LayerKV, Ops
     from septet.step import PlanRow, StepPlan
 
@@ -190,20 +191,30 @@ class Runner:
         """Replay the step; what its sampler can't draw is drawn here from its logits."""
         assert self.graphs is not None
         sampling = [row for row in plan.rows if row.n_sample]
-        plain = all(map(self.graphs.serves, [self.rows.info[row.row] for row in sampling]))
+        infos = [self.rows.info[row.row] for row in sampling]
+        plain = all(map(self.graphs.serves, infos))
+        masked = not plain and all(map(self.graphs.serves_masked, infos))
+        if masked and self.taped is not None:
+            return self._taken(plan, sampling, self.taped)
         out = found.run(plan.rows, sample=plain)
         n = len(sampling)
         if plain:
             requests = [row.request for row in sampling]
             return DrawnStep(plan.step, requests, self.fetch(out.tokens[: max(n, 1)]))  # one at least, to be waited for
-        if all(map(self.graphs.serves_masked, [self.rows.info[row.row] for row in sampling])):
+        if masked and not isinstance(found, TapedDecode):
             return self._bound(plan, sampling, found, out)
         picks, row, position = self._picks(plan.rows), out.row[:n], out.position()[:n]
         return self._written(plan, picks, self._sample(out.logits[:n], picks, row, position), row, position, [])
 
-    def _bound(
-        self, plan: StepPlan, sampling: list[PlanRow], found: Captured | TapedDecode, out: StaticStep | Buffers
-    ) -> BoundStep:
+    def _taken(self, plan: StepPlan, sampling: list[PlanRow], taped: TapedDecode) -> BoundStep:
+        """The tokens of the step before are there: masks first, then the forward pass and the draw in one call."""
+        limits, spots = self.constraints, [(row.row, row.start + row.n) for row in sampling]
+        out = taped.run(plan.rows, sample=True, masks=limits.masks(spots) if limits is not None else None)
+        tokens = self.fetch(out.tokens)
+        drawn = tokens, self._answer(tokens, len(sampling))
+        return BoundStep(plan.step, [row.request for row in sampling], None, drawn)
+
+    def _bound(self, plan: StepPlan, sampling: list[PlanRow], found: Captured, out: StaticStep | Buffers) -> BoundStep:
         """The forward pass is under way; the draw follows when the masks are there. Where the device computes by
         itself, the loop commits and plans meanwhile."""
         limits, spots = self.constraints, [(row.row, row.start + row.n) for row in sampling]
@@ -219,7 +230,7 @@ class Runner:
 
     @torch.inference_mode()
     def _draw(
-        self, found: Captured | TapedDecode, filling: Filling | None, out: StaticStep | Buffers, n: int
+        self, found: Captured, filling: Filling | None, out: StaticStep | Buffers, n: int
     ) -> tuple[HostCopy, Answer | None]:
         found.draw_masked(filling.masks() if filling is not None else None)
         tokens = self.fetch(out.tokens[:n])

@@ -1,8 +1,8 @@
 """Decode steps on the tape: rows' tables in, sampled tokens out, one native call.
 
 Called by the runner for steps in which every row computes one token, as `StepGraphs` is on a GPU: the native side
-reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p). Under
-grammars the draw is a second call, with their masks. What needs more (penalties, bias, log-probabilities) takes the
+reads and writes the rows' tables itself, runs the model and draws the tokens (temperature, top-k, top-p, min-p), under
+the masks of grammars too. What needs more (penalties, bias, log-probabilities) takes the
 logits from here and samples in Python.
 
 Most steps ask for nothing else: `quick` is all of such a step, without a tensor. A step reads all weights, so what
@@ -107,26 +107,12 @@ class TapedDecode:
         return info is not None and info.unadjusted
 
     def serves_masked(self, info: RowInfo | None) -> bool:
-        """The same for `draw_masked`."""
+        """The same under a mask."""
         if info is None:
             return False
         params = info.params
         adjusts = info.penalises or params.logit_bias or params.logprobs is not None
         return info.unadjusted or (params.structured is not None and not adjusts)
-
-    def draw_masked(self, masks: TokenMasks | None) -> None:
-        """After `run` without `sample`: as that would have drawn, but under these masks; they are applied to the logits
-        in place."""
-        arguments: Any = self.arguments
-        arguments.sampled = self.tokens.data_ptr()
-        if masks is not None:
-            words, line = masks.words, masks.line
-            assert words.is_contiguous()
-            assert 32 * words.shape[1] >= self.tape.vocab
-            assert len(line) == arguments.n
-            arguments.words, arguments.words_stride = words.data_ptr(), words.shape[1]
-            arguments.line = line.data_ptr()
-        self.tape.draw(arguments)
 
     def due(self, busy: bool) -> bool:
         return False
@@ -158,13 +144,21 @@ class TapedDecode:
         start[:n] = [one.start for one in rows]
         slot[:n] = [one.slots[0] for one in rows]
 
-    def run(self, rows: Sequence[PlanRow], sample: bool) -> Buffers:
-        """One step; with `sample`, tokens are drawn and written to the rows' state."""
+    def run(self, rows: Sequence[PlanRow], sample: bool, masks: TokenMasks | None = None) -> Buffers:
+        """One step; with `sample`, tokens are drawn and written to the rows' state. Masks are applied to the logits
+        in place."""
         n = len(rows)
         self._fill(rows)
         self.tokens = torch.empty(n, dtype=torch.int64)
         arguments: Any = self.arguments
         arguments.n, arguments.line = n, None
         arguments.sampled = self.tokens.data_ptr() if sample else None
+        if masks is not None:
+            words, line = masks.words, masks.line
+            assert words.is_contiguous()
+            assert 32 * words.shape[1] >= self.tape.vocab
+            assert len(line) == n
+            arguments.words, arguments.words_stride = words.data_ptr(), words.shape[1]
+            arguments.line = line.data_ptr()
         self.tape.decode(arguments)
         return Buffers(self.inputs[0], self.inputs[1], self.logits, self.tokens)
