@@ -17,19 +17,24 @@ class Server:
     popen: subprocess.Popen[str]
     url: str = ""  # http://127.0.0.1:PORT/v1
     lines: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None  # of the lines
 
     @property
     def root(self) -> str:
         return self.url.removesuffix("/v1")
 
-    def stop(self, sig: int = signal.SIGTERM, wait_s: float = 30) -> int:
+    def stop(self, sig: int = signal.SIGTERM, wait_s: float = 120) -> int:
+        """Its exit code; all it has said is in `lines` then."""
         if self.popen.poll() is None:
             self.popen.send_signal(sig)
         try:
-            return self.popen.wait(wait_s)
+            code = self.popen.wait(wait_s)
         except subprocess.TimeoutExpired:
             self.popen.kill()
             raise
+        if self.reader is not None:
+            self.reader.join(wait_s)
+        return code
 
     def children(self) -> list[int]:
         """Process ids of the engine (Linux)."""
@@ -62,7 +67,8 @@ def start(model: str, *flags: str, wait_s: float = 240) -> Server:
                 ready.set()
         ready.set()
 
-    threading.Thread(target=read, daemon=True).start()
+    server.reader = threading.Thread(target=read, daemon=True)
+    server.reader.start()
     deadline = time.monotonic() + wait_s
     while not ready.wait(0.2):
         if time.monotonic() > deadline:

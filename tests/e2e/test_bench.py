@@ -18,7 +18,7 @@ def test_bench_measures_the_real_model(server: Server, tmp_path: Path) -> None:
         command(*words, "--rounds", "1", "--price", "1", "--out", str(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "results.json").read_text())

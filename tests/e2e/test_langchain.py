@@ -35,7 +35,7 @@ def test_whole_equals_stream(server: Server, responses: bool) -> None:
     assert whole.usage_metadata is not None
     assert whole.usage_metadata["output_tokens"] > 3
     parts = list(chat.stream(ASK))
-    assert len(parts) > 3
+    assert len(parts) > 1  # the first token alone, the others a few at a time
     assert "".join(part.text for part in parts) == whole.text
 
 

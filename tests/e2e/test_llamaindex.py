@@ -31,7 +31,7 @@ def test_chat_and_stream(llm: OpenAILike) -> None:
     whole = llm.chat(ask).message.content
     assert whole == "The capital of France is Paris."
     parts = list(llm.stream_chat(ask))
-    assert len(parts) > 3
+    assert len(parts) > 1  # the first token alone, the others a few at a time
     assert parts[-1].message.content == whole
 
 

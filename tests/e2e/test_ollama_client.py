@@ -65,20 +65,22 @@ def test_chat_whole_and_streamed_say_the_same(client: ollama.Client) -> None:
     assert (whole.total_duration or 0) >= (whole.eval_duration or 0) > 1_000_000
     parts = list(client.chat("smollm2:latest", ASK, options=EXACT, stream=True))
     assert "".join(part.message.content or "" for part in parts) == ANSWER
-    assert len(parts) > 3
+    assert len(parts) > 1  # the first token alone, the others a few at a time
     assert parts[-1].done_reason == "stop"
     assert parts[-1].prompt_eval_count == whole.prompt_eval_count
 
 
-def test_two_models_in_turn(client: ollama.Client) -> None:
+def test_two_models_in_turn(client: ollama.Client, server: Server) -> None:
+    engines: list[set[int]] = []
     for _ in range(2):
         gemma = client.generate("gemma3:270m", "The capital of France is", raw=True, options=EXACT)
         assert gemma.response
         smollm = client.generate("smollm2", ASK[0]["content"], options=EXACT)
         assert smollm.response == ANSWER
+        engines.append(set(server.children()))
+    assert engines[0] == engines[1], "both were there the second time"
     assert {"smollm2:latest", "gemma3:270m"} <= set(loaded(client))
     assert gemma.load_duration is not None
-    assert gemma.load_duration < 1e9  # it was there
 
 
 def test_context_goes_on(client: ollama.Client) -> None:

@@ -76,7 +76,7 @@ def test_response_streamed(client: openai.OpenAI) -> None:
         "response.output_item.added",
         "response.content_part.added",
     ]
-    assert kinds.count("response.output_text.delta") > 3
+    assert kinds.count("response.output_text.delta") > 1
     assert kinds[-1] == "response.completed"
 
 
@@ -140,7 +140,7 @@ def test_batch(client: openai.OpenAI) -> None:
     batch = client.batches.create(
         input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"test": "yes"}
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "failed"):
         assert time.monotonic() < deadline
         time.sleep(0.1)

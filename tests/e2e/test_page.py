@@ -47,7 +47,7 @@ def page(chromium: Any, server: Server) -> Iterator[Any]:
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     page.on("request", lambda r: troubles.append(r.url) if not r.url.startswith(server.root) else None)
-    page.set_default_timeout(40_000)
+    page.set_default_timeout(120_000)
     page.goto(server.root + "/")
     page.wait_for_selector("#model option", state="attached")
     yield page
@@ -62,7 +62,7 @@ def settings(page: Any, **values: str) -> None:
         page.fill(f"#{name}", value)
 
 
-def until(page: Any, condition: str, seconds: float = 40) -> None:
+def until(page: Any, condition: str, seconds: float = 120) -> None:
     """Playwright's own wait evaluates text within the page, which the page's policy forbids: asked from outside."""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):

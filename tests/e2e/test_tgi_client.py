@@ -31,6 +31,16 @@ def test_text_streamed_and_not(client: InferenceClient) -> None:
     assert full == PROMPT + whole
 
 
+def test_chat_streamed_and_not(client: InferenceClient) -> None:
+    """It names no model, and sends one that nobody has."""
+    ask = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    whole = client.chat_completion(ask, temperature=0, max_tokens=20)
+    assert whole.choices[0].message.content == "The capital of France is Paris."
+    parts = client.chat_completion(ask, temperature=0, max_tokens=20, stream=True)
+    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert streamed == whole.choices[0].message.content
+
+
 def test_details(client: InferenceClient) -> None:
     answer = client.text_generation(
         PROMPT, max_new_tokens=4, details=True, decoder_input_details=True, top_n_tokens=2, seed=3, do_sample=True
@@ -73,7 +83,9 @@ def test_errors_are_typed(client: InferenceClient) -> None:
 
 
 def test_routes_beside(server: Server) -> None:
-    answer = httpx.post(server.root + "/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 4}})
+    answer = httpx.post(
+        server.root + "/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 4}}, timeout=120
+    )
     assert set(answer.json()) == {"generated_text"}
     n_prompt = int(answer.headers["x-prompt-tokens"])
     assert (n_prompt > 0, answer.headers["x-generated-tokens"]) == (True, "4")

@@ -104,7 +104,7 @@ def test_a_conversation_of_two_turns(client: openai.OpenAI) -> None:
     [call] = message["tool_calls"]
     assert call["function"]["name"] == "get_weather"
     assert checked(call)["city"]
-    assert pieces > 3  # as they are written, not at the end
+    assert pieces > 1  # as they are written, not at the end
 
     result = {"role": "tool", "tool_call_id": call["id"], "content": "18 degrees celsius, light rain"}
     turns = [*ASK, message, result]
