@@ -28,6 +28,10 @@ def test_bench_measures_the_real_model(server: Server, tmp_path: Path) -> None:
     assert single["figures"]["tpot_ms"]["median"] > 0
     assert structured["figures"].get("valid_share", {"median": 1.0})["median"] == 1.0
     assert "memory_mib" not in single["figures"], "the server is not ours to look into"
+    assert document["limits"] == {}
+    assert document["workloads"]["single"]["output"] == 13
+    assert document["targets"][0]["version"]
+    assert 0 <= single["client"]["busy"] < 1
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert f"{document['points'][0]['title']}" in page
