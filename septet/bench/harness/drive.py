@@ -86,6 +86,7 @@ async def _drive(
         for one in queue:
             await converse(one, None)
 
+    work: asyncio.Future[list[Any]]
     if timed:
         run.began += min(0.5, 0.001 * len(asks))  # time to make the tasks
         work = asyncio.gather(*(converse(one, run.began + one.at) for one in asks))
