@@ -31,7 +31,8 @@ class Structured:
     choice          a JSON array of strings: the answer is one of them
     structural_tag  free text with constrained islands, as JSON: {"structures": [{"begin", "schema" or "grammar",
                     "end"}], "triggers": [...]}; a trigger is the prefix of a `begin` from which on it is binding.
-                    Optional: "at_least_one", "stop_after_first" (booleans)
+                    Optional: "at_least_one", "stop_after_first", "no_text" (booleans; the last: nothing between
+                    islands or behind them but white space) and "between" (text that has to stand between two then)
 
     `after`: the constraint begins behind this text, what comes before is free ("</think>", say). `opening`: only an
     answer that begins with this text ("<think>") has such a free part, any other is bound from its start. `source`: the

@@ -121,7 +121,7 @@ def _after(structured: Structured, text: str, special: Mapping[str, int]) -> str
 def _structural_tag(spec: str, special: Mapping[str, int], relaxed: bool) -> tuple[Grammar, list[Grammar]]:
     """Free text; from a trigger on one of the structures that begin with it is binding, up to its end."""
     value = _json("structural_tag", spec)
-    known = {"type", "structures", "triggers", "at_least_one", "stop_after_first", "marks"}
+    known = {"type", "structures", "triggers", "at_least_one", "stop_after_first", "no_text", "between", "marks"}
     if not isinstance(value, dict) or not {"structures", "triggers"} <= set(value):
         raise _refuse("structural_tag: must be an object with structures and triggers")
     for name in set(value) - known:
@@ -139,8 +139,11 @@ def _structural_tag(spec: str, special: Mapping[str, int], relaxed: bool) -> tup
         trigger, rest, body, end = _structure(structure, triggers, where, special, relaxed, named)
         islands[trigger].append(f"{_piece(rest, special)} {body} {_piece(end, special)}")
     flags = [value.get(name) is True for name in ("at_least_one", "stop_after_first")]
+    between = value.get("between", "") if value.get("no_text") is True else None
+    if not isinstance(between, str | None):
+        raise _refuse("structural_tag: between must be text")
     allowed = [special[mark] for mark in dict.fromkeys(marks) if mark in special and mark not in triggers]
-    return {"lark_grammar": _islands(islands, special, allowed, *flags)}, named
+    return {"lark_grammar": _islands(islands, special, allowed, *flags, between)}, named
 
 
 def _structure(
@@ -214,19 +217,29 @@ def _inner(structure: dict[str, Any], where: str, special: Mapping[str, int], re
 
 
 def _islands(
-    islands: dict[str, list[str]], special: Mapping[str, int], marks: list[int], at_least_one: bool, only_one: bool
+    islands: dict[str, list[str]],
+    special: Mapping[str, int],
+    marks: list[int],
+    at_least_one: bool,
+    only_one: bool,
+    between: str | None,
 ) -> str:
-    """Lark: islands in free text. With `at_least_one` the first begins at once; with `only_one` it is the end. `marks`:
-    control tokens that may stand in the free text."""
+    """Lark: islands in free text. With `at_least_one` the first begins at once; with `only_one` it is the end; with
+    `at_least_one` and `between` only more islands follow, this text before each. `marks`: control tokens that may stand
+    in free text."""
     used = {trigger: bodies for trigger, bodies in islands.items() if bodies}
     later = "(" + " | ".join(f"later_{i}" for i in range(len(used))) + ")"
     first = "(" + " | ".join(f"first_{i}" for i in range(len(used))) + ")"
     if only_one:
         start = first if at_least_one else f"{later} | tail"
+    elif at_least_one and between is not None:
+        start = f"{first} (gap {_piece(between, special)} {first})* gap"
     else:
         start = f"{first} {later}* tail" if at_least_one else f"{later}* tail"
     free = "(TEXT mark)* " if marks else ""
     lines = [f"start: {start}", f"tail: {free}TEXT", f"TEXT: {ANY_TEXT}"]
+    if at_least_one and between is not None:
+        lines += ["gap: SPACE?" + (" (mark SPACE? (mark SPACE?)?)?" if marks else ""), "SPACE: /[ \\n]{1,3}/"]
     if marks:
         lines.append("mark: " + " | ".join(f"<[{mark}]>" for mark in marks))
     for i, (trigger, bodies) in enumerate(used.items()):

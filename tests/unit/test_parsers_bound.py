@@ -20,7 +20,7 @@ from septet.grammar.trial import _tried
 from septet.grammar.vocabulary import Vocabulary
 from septet.text.parsers.constraint import constraint
 from septet.text.parsers.dialects import DIALECTS, Dialect
-from septet.text.parsers.events import CallArguments, CallEnd, CallStart
+from septet.text.parsers.events import CallArguments, CallEnd, CallStart, Content
 from septet.text.parsers.machine import OutputParser
 from septet.text.parsers.tools import Tool, ToolChoice
 
@@ -56,8 +56,8 @@ def vocabulary(markers: tuple[str, ...]) -> tuple[Vocabulary, dict[str, int]]:
     ), special
 
 
-def drawn(dialect: Dialect, choice: ToolChoice, seed: int, special: bool, **how: Any) -> str:
-    """A whole answer, from random weights that like to close what is open and to begin calls."""
+def drawn(dialect: Dialect, choice: ToolChoice, seed: int, special: bool, **how: Any) -> tuple[str, bool]:
+    """An answer and whether it came to its end, from weights that like to close what is open and to begin calls."""
     from llguidance import LLMatcher
 
     quotes = ("<escape>",) if "gemma" in dialect.name else ()
@@ -73,6 +73,7 @@ def drawn(dialect: Dialect, choice: ToolChoice, seed: int, special: bool, **how:
     marked = any(bound.form is not None and "marks" in bound.form for bound in dialect.bound)
     rng, out = np.random.default_rng(seed), b""
     plain = np.array([1.0 if len(t) > 1 or 0x20 <= t[0] < 0x7F else -9.0 for t in tokens])
+    ended = False
     for step in range(600):
         mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[: len(tokens)]
         assert mask.any(), f"nothing is allowed after {out!r}"
@@ -83,18 +84,21 @@ def drawn(dialect: Dialect, choice: ToolChoice, seed: int, special: bool, **how:
         weights[EOS] += step / 100
         token = int(np.argmax(np.where(mask == 1, weights, -np.inf)))
         assert matcher.consume_token(token), matcher.get_error()
-        if token == EOS:
+        ended = token == EOS
+        if ended:
             break
         out += tokens[token]
         if matcher.is_stopped():
+            ended = True
             break
-    return out.decode("utf-8", "replace")
+    return out.decode("utf-8", "replace"), ended
 
 
-def calls(dialect: Dialect, text: str) -> list[tuple[str, str]]:
+def read(dialect: Dialect, text: str) -> tuple[list[tuple[str, str]], str]:
+    """Whole calls, and what is told as content."""
     parser = OutputParser(dialect, None, TOOLS, thinking=False)
     found: list[tuple[str, str]] = []
-    name = arguments = ""
+    name = arguments = content = ""
     for event in (*parser.push(text), *parser.finish()):
         if isinstance(event, CallStart):
             name, arguments = event.name, ""
@@ -102,7 +106,9 @@ def calls(dialect: Dialect, text: str) -> list[tuple[str, str]]:
             arguments += event.text
         elif isinstance(event, CallEnd):
             found.append((name, arguments))
-    return found
+        elif isinstance(event, Content):
+            content += event.text
+    return found, content
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["control", "text"])
@@ -111,8 +117,9 @@ def test_forced_calls_parse_and_validate(name: str, special: bool) -> None:
     dialect, seen = DIALECTS[name], 0
     for seed in range(6):
         choice = ToolChoice(TOOLS, *(("named", "get_weather") if seed % 2 else ("required",)))
-        text = drawn(dialect, choice, seed, special)
-        made = calls(dialect, text)
+        text, ended = drawn(dialect, choice, seed, special)
+        made, content = read(dialect, text)
+        assert not content.strip() or not ended, f"text beside calls: {text!r}"
         if not made:
             continue  # cut within its first call
         seen += 1
@@ -174,3 +181,39 @@ def test_a_forced_call_may_come_after_thoughts_that_nobody_opened() -> None:
         assert matcher.consume_tokens(text) == taken, text
         if taken:
             assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["control", "text"])
+@pytest.mark.parametrize("name", BOUND)
+def test_after_a_forced_call_comes_another_or_the_end(name: str, special: bool) -> None:
+    from llguidance import LLMatcher
+
+    dialect = DIALECTS[name]
+    known, ids = vocabulary(dialect.markers() if special else ())
+    tokenizer = known.tokenizer(len(known.tokens()))[0]
+    required = ToolChoice(TOOLS, "required")
+
+    def tokens(text: str) -> list[int]:
+        for marker in sorted(ids, key=len, reverse=True):
+            if marker in text:
+                before, _, rest = text.partition(marker)
+                return [*tokens(before), ids[marker], *tokens(rest)]
+        return [*text.encode()]
+
+    def taken(text: str) -> bool:
+        bound = constraint(dialect, required, Tool.schema, thoughts=("<think>",))
+        assert bound is not None
+        matcher = LLMatcher(tokenizer, translate(bound, ids), log_level=0)
+        return bool(matcher.consume_tokens(tokens(text))) and bool(matcher.is_accepting())
+
+    way = dialect.bound[-1]
+    one = dialect.around[0] + (way.listed[0] if way.listed else "") + way.begin.format(name="now")
+    one += ("" if way.form is not None else "{}") + way.end + (way.listed[2] if way.listed else "")
+    assert taken(one), one
+    assert not taken(one + "\nThe result is 4.")
+    assert not taken(one + "<tool_response>")
+    if not dialect.harmony:  # whose call is the end
+        assert taken(one + "\n")
+        two = one + (dialect.between or "\n") + one
+        assert taken(two), two
+        assert [function for function, _ in read(dialect, two)[0]] == ["now", "now"], two

@@ -38,11 +38,12 @@ def constraint(
     thoughts: tuple[str, ...] = (),
 ) -> Structured | None:
     """None where there is nothing to bind or the dialect can't be. `after`, `opening`: as `Structured`'s, where an
-    answer begins or may begin with thoughts. `thoughts`: markers that may stand in free text."""
+    answer begins or may begin with thoughts. `thoughts`: markers that may stand in free text. A forced answer has none:
+    after a call comes another, or the end."""
     allowed = choice.allowed()
     if not allowed or not dialect.bound or (dialect.harmony and not choice.forced):
         return None
-    one = choice.mode == "named" or not choice.parallel
+    one = choice.mode == "named" or not choice.parallel or (dialect.harmony and choice.forced)
     structures: list[dict[str, Any]] = []
     triggers: list[str] = []
     for bound in dialect.bound:
@@ -56,11 +57,11 @@ def constraint(
             structures.append(block)
         triggers.append(before or bound.trigger)
     value: dict[str, Any] = {"structures": structures, "triggers": list(dict.fromkeys(triggers))}
-    if marks := [mark for mark in (*dialect.noise, *filter(None, dialect.around), *dialect.close, *thoughts) if mark]:
+    marks = (*dialect.noise, *filter(None, dialect.around), *dialect.close, *(() if choice.forced else thoughts))
+    if marks:
         value["marks"] = list(dict.fromkeys(marks))
     if choice.forced:
-        value["at_least_one"] = True
-        value["stop_after_first"] = one
+        value |= {"at_least_one": True, "stop_after_first": one, "no_text": True, "between": dialect.between}
     return Structured.structural_tag(value, after=after, opening=opening, source="tools")
 
 

@@ -50,6 +50,7 @@ class Dialect:
     harmony: bool = False  # channels instead of triggers: `harmony.py` reads it all
     bound: tuple[Bound, ...] = ()  # the ways in which a constraint lets it be written; none = it can't be bound
     around: tuple[str, str] = ("", "")  # section markers around all calls of an answer
+    between: str = ""  # what has to stand between two calls
 
     @property
     def watched(self) -> bool:
@@ -122,7 +123,7 @@ _ROWS = (
         name="hermes", form=_JSON, triggers=("<tool_call>",), close=("</tool_call>",), bound=_HERMES
     ),  # and Qwen 2.5 and 3
     Dialect(
-        name="llama3_json", form=JsonForm((";",)), triggers=("<|python_tag|>",), bare="{",
+        name="llama3_json", form=JsonForm((";",)), triggers=("<|python_tag|>",), bare="{", between="; ",
         bound=(Bound('{"name": "', '{{"name": "{name}", "parameters": ', "}"),),
     ),
     Dialect(
