@@ -71,12 +71,13 @@ def about(document: dict[str, Any]) -> list[str]:
         else f"in brackets lowest to highest of the {rounds} runs (from {BOOTSTRAP_FROM} runs on: 95 % intervals)"
         if rounds < BOOTSTRAP_FROM else "in brackets 95 % bootstrap intervals over runs and their requests"
     )  # fmt: skip
-    limits = [
-        f"Limit of {name}: {limit['weights_bytes'] / 1e6:,.0f} MB of weights ({limit['model']}) read at "
-        f"{limit['read_gb_s']:g} GB/s, {limit['by']}, plus keys and values"
-        + (f", and {limit['flops'] / 1e12:,.0f} TFLOP/s." if limit.get("flops") else "; computing is not in it.")
-        for name, limit in document["limits"].items()
-    ]
+    limits: dict[str, list[str]] = {}
+    for name, limit in document["limits"].items():
+        line = (
+            f"{limit['weights_bytes'] / 1e6:,.0f} MB of weights ({limit['model']}) read at {limit['read_gb_s']:g} GB/s, "
+            f"{limit['by']}, plus keys and values"
+        ) + (f", and {limit['flops'] / 1e12:,.0f} TFLOP/s." if limit.get("flops") else "; computing is not in it.")
+        limits.setdefault(line, []).append(name)
     return [
         f"{where}, commit {document['commit']}: `{document['command']}`.",
         f"{rounds} round{'s' * (rounds > 1)}, engines in turn; medians, each run counting alike; {interval}"
@@ -84,7 +85,7 @@ def about(document: dict[str, Any]) -> list[str]:
         f"A machine's hour at ${price['usd_per_hour']:g} ({price['by']})."
         if price
         else "No price was given (--price), so there is no cost.",
-        *limits,
+        *(f"Limit of {', '.join(names)}: {line}" for line, names in limits.items()),
     ]
 
 
