@@ -74,8 +74,8 @@ def about(document: dict[str, Any]) -> list[str]:
     limits: dict[str, list[str]] = {}
     for name, limit in document["limits"].items():
         line = (
-            f"{limit['weights_bytes'] / 1e6:,.0f} MB of weights ({limit['model']}) read at {limit['read_gb_s']:g} GB/s, "
-            f"{limit['by']}, plus keys and values"
+            f"{limit['weights_bytes'] / 1e6:,.0f} MB of weights ({limit['model']}) read at "
+            f"{limit['read_gb_s']:g} GB/s, {limit['by']}, plus keys and values"
         ) + (f", and {limit['flops'] / 1e12:,.0f} TFLOP/s." if limit.get("flops") else "; computing is not in it.")
         limits.setdefault(line, []).append(name)
     return [
