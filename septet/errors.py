@@ -77,6 +77,10 @@ class Overloaded(SeptetError):
 
 
 class EngineDead(SeptetError):
-    """The engine process ended or failed; requests in flight can't finish."""
+    """The engine process ended or failed; requests in flight can't finish. `retry_after_s`: when another may serve."""
 
     kind = "engine_dead_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s

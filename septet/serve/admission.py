@@ -72,6 +72,14 @@ class Admission:
         self.refused: dict[str, int] = {"requests": 0, "tokens": 0, "key": 0}
         self._ends: deque[float] = deque(maxlen=RECENT)
 
+    def begin(self, key: Key) -> None:
+        """An HTTP request of `key` begins. Raises RateLimited; `keys.leave` must follow otherwise."""
+        try:
+            self.keys.enter(key)
+        except Overloaded:
+            self.refused["key"] += 1
+            raise
+
     def enter(self, key: Key | None, *, n: int, tokens: int, max_output: int | None, rows: int) -> Ticket:
         """Take in a call, or raise Overloaded. rows: sequences that the engine runs at once. `leave` must follow."""
         if self.open and self.open + n > rows + self.max_waiting:

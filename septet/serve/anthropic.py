@@ -51,7 +51,7 @@ _KINDS = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    529: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -65,6 +65,8 @@ def _number() -> str:
 def _body_of(error: BaseException) -> dict[str, Any]:
     status = status_of(error)
     kind = _KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    if status == 503 and "retry-after" in headers_of(error):
+        kind = "overloaded_error"
     told = {"type": kind, "message": error_body(error)["error"]["message"]}
     return {"type": "error", "error": told, "request_id": _number()}
 

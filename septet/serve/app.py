@@ -19,9 +19,9 @@ from septet.errors import EngineDead
 from septet.serve.anthropic import ANTHROPIC
 from septet.serve.collide import joined
 from septet.serve.context import Context, current
-from septet.serve.errors import ClientGone, HttpError, error_body, headers_of
+from septet.serve.errors import ClientGone
 from septet.serve.front import Front
-from septet.serve.guard import Guard
+from septet.serve.guard import LOOPBACK_ORIGIN, Guard, is_loopback
 from septet.serve.keys import Unauthorized
 from septet.serve.llamacpp import LLAMACPP
 from septet.serve.ollama import OLLAMA
@@ -35,6 +35,7 @@ from septet.serve.service import Service, Settings
 from septet.serve.sglang import SGLANG
 from septet.serve.sse import Reply
 from septet.serve.tgi import TGI
+from septet.serve.unrouted import refusal, style_of
 
 if TYPE_CHECKING:
     import socket
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from septet.serve.dialect import ErrorStyle, Handler
+    from septet.serve.errors import HttpError
 
 __all__ = ["DIALECTS", "Service", "Settings", "bind", "create_app", "serve_forever"]
 
@@ -92,7 +94,7 @@ class Endpoint:
         if key is None:
             await self.handler(service, scope, receive, reply)
             return
-        service.admission.keys.enter(key)
+        service.admission.begin(key)
         try:
             await self.handler(service, scope, receive, reply)
         finally:
@@ -121,37 +123,42 @@ def create_app(service: Service) -> ASGIApp:
     app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: unrouted})
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
     settings = service.settings
-    if settings.allowed_origins:
+    origins = tuple(origin.lower().rstrip("/") for origin in settings.allowed_origins)  # as browsers write them
+    loopback = is_loopback(settings.host)
+    if origins or loopback:
         from starlette.middleware.cors import CORSMiddleware
 
         app = CORSMiddleware(
             app,
-            allow_origins=settings.allowed_origins,
+            allow_origins=origins,
+            allow_origin_regex=LOOPBACK_ORIGIN if loopback else None,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
         )
-    app = Guard(app, _refuse, settings.host, settings.allowed_hosts, settings.allowed_origins)
+
+    async def refuse(scope: Scope, receive: Receive, send: Send, error: HttpError) -> None:
+        service.metrics.answered("guard", scope["method"], error.status)
+        with contextlib.suppress(ClientGone):
+            await Reply(send, write_timeout_s=10.0).error(error)
+
+    app = Guard(app, refuse, settings.host, settings.allowed_hosts, origins, probes=frozenset(p for _, p in public))
     return Front(app, service)
 
 
 def _on_http_exception(service: Service, request: Request, error: HTTPException) -> Any:
-    """Starlette's own 404 and 405, in OpenAI's shape. Which routes there are is told to those with a key only."""
+    """Starlette's own 404 and 405. Which routes there are is told to those with a key only."""
     from starlette.responses import JSONResponse
 
-    there = "the API is under /v1: /v1/models, /v1/chat/completions, /v1/completions"
-    words = {404: f"no such route; {there}", 405: "this route does not take that method"}
-    shown = HttpError(error.status_code, words.get(error.status_code, str(error.detail)))
+    path = request.scope["path"]
+    shown, style = refusal(path, error.status_code, str(error.detail)), style_of(path)
     try:
         service.keys.check(request.scope["headers"])
     except Unauthorized as refused:
         shown = refused
-    return JSONResponse(error_body(shown), shown.status, headers={**(error.headers or {}), **headers_of(shown)})
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send, error: HttpError) -> None:
-    with contextlib.suppress(ClientGone):
-        await Reply(send, write_timeout_s=10.0).error(error)
+    status = style.status(shown)
+    service.metrics.answered("unrouted", request.method, status)
+    return JSONResponse(style.body(shown), status, headers={**(error.headers or {}), **style.headers(shown)})
 
 
 async def serve_forever(service: Service, sock: socket.socket, on_ready: Callable[[], None] = lambda: None) -> int:

@@ -63,7 +63,7 @@ def status_of(error: BaseException) -> int:
 
 
 def headers_of(error: BaseException) -> dict[str, str]:
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | EngineDead) and error.retry_after_s is not None:
         seconds, milliseconds = math.ceil(error.retry_after_s), math.ceil(1000 * error.retry_after_s)
         return {"retry-after": str(max(1, seconds)), "retry-after-ms": str(max(1, milliseconds))}
     if isinstance(error, DeadlineExceeded):

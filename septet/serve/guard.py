@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["Guard", "host_of", "is_loopback"]
+__all__ = ["LOOPBACK_ORIGIN", "Guard", "host_of", "is_loopback"]
 
 _HOST = re.compile(r"([a-z0-9](?:[a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://(.+)", re.IGNORECASE)
-_LOOPBACK = re.compile(r"localhost|(.+\.)?localhost|127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|\[::1\]|::1", re.IGNORECASE)
+_LOOPBACK_NAME = r"localhost|[a-z0-9.-]+\.localhost|127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|\[::1\]"
+_LOOPBACK = re.compile(rf"{_LOOPBACK_NAME}|::1", re.IGNORECASE)
+LOOPBACK_ORIGIN = rf"https?://({_LOOPBACK_NAME})(:[0-9]{{1,5}})?"
+"""Pages that a server on loopback answers, as a pattern of the whole Origin."""
 
 
 def host_of(header: str) -> str | None:
@@ -34,7 +37,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `refuse` writes the error; `bound_to` is the address that the server listens on."""
+    """ASGI middleware. `refuse` writes the error; `bound_to` is the address that the server listens on,
+    `allowed_origins` are in lower case, `probes` are paths that HTTP/1.0 may ask for without a Host."""
 
     def __init__(
         self,
@@ -43,12 +47,14 @@ class Guard:
         bound_to: str,
         allowed_hosts: tuple[str, ...] = (),
         allowed_origins: tuple[str, ...] = (),
+        probes: frozenset[str] = frozenset(),
     ) -> None:
         self.app = app
         self.refuse = refuse
         self.only_loopback = is_loopback(bound_to)
         self.allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
-        self.allowed_origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
+        self.allowed_origins = frozenset(allowed_origins)
+        self.probes = probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,10 +71,16 @@ class Guard:
         for name, value in scope["headers"]:
             if name.lower() in values:
                 values[name.lower()].append(value.decode("latin-1"))
+        if not values[b"host"] and self._is_old_probe(scope):
+            return None
         if len(values[b"host"]) != 1 or (host := host_of(values[b"host"][0])) is None:
             return HttpError(400, "the Host header must be one host name, with or without a port")
         if self.only_loopback and not is_loopback(host) and host not in self.allowed_hosts:
-            return HttpError(403, "a server on loopback answers only to its own name", code="host_refused")
+            return HttpError(
+                403,
+                f"a server on loopback answers only to its own name; start it with --allowed-host {host[:100]}",
+                code="host_refused",
+            )
         return next((e for origin in values[b"origin"] if (e := self._origin_problem(origin, host))), None)
 
     def _origin_problem(self, origin: str, host: str) -> HttpError | None:
@@ -78,4 +90,12 @@ class Guard:
         name = host_of(match[1]) if match else None
         if name is not None and (name == host or (is_loopback(name) and is_loopback(host))):
             return None
-        return HttpError(403, "pages of another origin may not use this server", code="origin_refused")
+        return HttpError(
+            403,
+            "pages of another origin may not use this server; start it with --allowed-origin and the page's origin",
+            code="origin_refused",
+        )
+
+    def _is_old_probe(self, scope: Scope) -> bool:
+        """A load balancer's check. A browser always sends a Host."""
+        return bool(scope["http_version"] == "1.0" and scope["method"] == "GET" and scope["path"] in self.probes)

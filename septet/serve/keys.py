@@ -102,7 +102,7 @@ class Keys:
         if not presented:
             raise Unauthorized("this server asks for an API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
         if len(presented) > 1:
-            raise Unauthorized("the request carries two different API keys")
+            raise Unauthorized("Authorization and x-api-key hold two different API keys; send one of them")
         found = self._find(presented.pop())
         if found is None:
             raise Unauthorized("this API key is not known here")

@@ -67,7 +67,8 @@ class KeyLimits:
 
     def enter(self, key: Key) -> None:
         """One request of `key` begins. Raises RateLimited; `leave` must follow otherwise."""
-        now, account = self._clock(), self._account(key)
+        account = self._account(key)
+        now = self._clock()  # not before a new account's first moment
         if key.max_concurrent and account.under_way >= key.max_concurrent:
             raise RateLimited(f"this API key has {account.under_way} requests under way, its limit", retry_after_s=1.0)
         if key.requests_per_minute:

@@ -51,6 +51,13 @@ class Running:
 class Models(Protocol):
     manages: bool
     """Whether clients may pull, create, copy and delete models of the store."""
+    restarts: int
+    """Engines started again after a death."""
+
+    @property
+    def restarting(self) -> bool:
+        """Whether requests wait for an engine that is started again."""
+        ...
 
     def cards(self) -> Sequence[ModelCard]:
         """Every model that a request may name, the default one first."""
@@ -112,6 +119,7 @@ class FixedModels:
         self.session = session
         self.names = tuple(names) or (session.model_name,)
         self.created = int(time.time())
+        self.restarts = 0
 
     def cards(self) -> Sequence[ModelCard]:
         length, root = self.session.limits.max_model_len, self.session.model_name
@@ -150,6 +158,10 @@ class FixedModels:
     @property
     def dead(self) -> bool:
         return self.session.client.dead
+
+    @property
+    def restarting(self) -> bool:
+        return False
 
     async def close(self) -> None:
         """The session is the caller's."""

@@ -13,6 +13,7 @@ from septet.errors import EngineDead
 from septet.serve.dialect import Dialect
 from septet.serve.errors import HttpError
 from septet.serve.openapi import document
+from septet.serve.restart import RETRY_S
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
@@ -36,8 +37,8 @@ async def ready(service: Service, scope: Scope, receive: Receive, reply: Reply) 
         raise EngineDead("the engine process has ended; the server exits")
     if service.draining:
         raise HttpError(503, "the server is shutting down", code="draining")
-    if getattr(service.models, "restarting", False):
-        raise EngineDead("the engine process has ended and is being started again")
+    if service.models.restarting:
+        raise EngineDead("the engine process has ended and is being started again", retry_after_s=RETRY_S)
     await reply.json({"status": "ok"})
 
 
@@ -79,7 +80,7 @@ OPERATIONS = Dialect(
         ("GET", "/live", live),
         ("GET", "/ready", ready),
         ("GET", "/progressing", progressing),
-        ("GET", "/ping", live),
+        ("GET", "/ping", ready),
         ("GET", "/version", version),
         ("GET", "/metrics", metrics),
     ),

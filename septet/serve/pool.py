@@ -110,6 +110,7 @@ class ModelPool:
         self.budget = budget
         self.keep_alive_s = keep_alive_s
         self.manages = manages
+        self.restarts = 0  # an engine that has ended is loaded again like one that was unloaded
         self._slots: dict[str, Slot] = {}
         self._leaving: dict[Slot, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -169,6 +170,10 @@ class ModelPool:
 
     def loaded(self) -> Sequence[Session]:
         return [slot.session for slot in self._alive() if slot.session is not None]
+
+    @property
+    def restarting(self) -> bool:
+        return False
 
     @property
     def dead(self) -> bool:

@@ -14,7 +14,7 @@ from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from septet.errors import Overloaded, SeptetError
+from septet.errors import EngineDead, SeptetError
 from septet.serve.models import FixedModels
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = ["RestartedModel"]
 
 MAX_DEATHS, WITHIN_S = 3, 600.0  # more deaths in that time and it is given up
 WATCH_S = 0.1
+RETRY_S = 2.0  # what who asks meanwhile is told
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ class RestartedModel(FixedModels):
 
     def __init__(self, session: Session, names: Sequence[str], start: Callable[[], Awaitable[Session]]) -> None:
         super().__init__(session, names)
-        self.restarts = 0
         self._start = start
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._given_up = False
@@ -56,7 +56,9 @@ class RestartedModel(FixedModels):
     async def use(self, name: str | None, *, keep_alive_s: float | None = None) -> AsyncGenerator[Session, None]:
         self.find(name)
         if self.session.client.dead:
-            raise Overloaded("the engine has ended and is being started again", retry_after_s=2.0)
+            if self._given_up:
+                raise EngineDead("the engine has ended too often; the server exits")
+            raise EngineDead("the engine has ended and is being started again", retry_after_s=RETRY_S)
         yield self.session
 
     async def close(self) -> None:

@@ -90,7 +90,7 @@ class Service:
         engines = self.metrics.engines
         engines.up = not self.models.dead
         engines.refused = self.admission.refused
-        engines.restarts = getattr(self.models, "restarts", 0)
+        engines.restarts = self.models.restarts
         engines.dropped_log_lines = self.access_log.dropped if self.access_log is not None else 0
         engines.infos = {name: session.client.info for name, session in sessions.items()}
         engines.stats = {

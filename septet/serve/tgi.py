@@ -59,7 +59,7 @@ def _told_as(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Overloaded):
         return 429, "overloaded"
     if isinstance(error, EngineDead):
-        return 500, "incomplete_generation"
+        return (500, "incomplete_generation") if error.retry_after_s is None else (503, "healthcheck")
     return 424, "generation"
 
 
@@ -254,6 +254,7 @@ TGI = Dialect(
     "tgi",
     (
         ("POST", "/", compatible),
+        ("POST", "/invocations", compatible),
         ("POST", "/generate", generate_whole),
         ("POST", "/generate_stream", generate_stream),
         ("GET", "/info", info),
@@ -264,6 +265,7 @@ TGI = Dialect(
     claims={"/generate": _INPUTS, "/tokenize": _INPUTS},
     schemas={
         "/": GENERATE_SCHEMA,
+        "/invocations": GENERATE_SCHEMA,
         "/generate": GENERATE_SCHEMA,
         "/generate_stream": GENERATE_SCHEMA,
         "/tokenize": GENERATE_SCHEMA,

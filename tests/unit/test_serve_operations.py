@@ -44,8 +44,10 @@ def test_live_ready_and_progressing_are_three_answers() -> None:
     assert codes() == [200, 200, 503]
     client.beat, service.draining = None, True
     assert codes() == [200, 503, 200]
+    assert ask(app, "GET", "/ping").status_code == 503, "load balancers send traffic by it"
     service.draining, client.dead = False, True
     assert codes() == [200, 503, 503]
+    assert ask(app, "GET", "/ping").status_code == 503
 
 
 # -- access log -------------------------------------------------------------------------------------------------------
