@@ -148,20 +148,13 @@ APART void tile(const PanelBlock<F>* panel, const PanelInput<F>* x, int64_t bloc
     for (int v = 0; v < V; v++) _mm256_store_ps(c + 16 * t + 8 * (v0 + v), acc[t][v]);
 }
 
-// Six-bit forms have two sums for each output: a vector at a time fits the registers.
-template <Form F, int R>
-inline void both_halves(const PanelBlock<F>* panel, const PanelInput<F>* x, int64_t blocks, bool first, float* c) {
-  if constexpr (Traits<F>::six) tile<F, R, 1>(panel, x, blocks, 0, first, c), tile<F, R, 1>(panel, x, blocks, 1, first, c);
-  else tile<F, R, 2>(panel, x, blocks, 0, first, c);
-}
-
 // 1 .. 4 tokens.
 template <Form F>
 inline void tile_any(const PanelBlock<F>* panel, const PanelInput<F>* x, int64_t blocks, int64_t count, bool first, float* c) {
-  if (count == 1) both_halves<F, 1>(panel, x, blocks, first, c);
-  else if (count == 2) both_halves<F, 2>(panel, x, blocks, first, c);
-  else if (count == 3) both_halves<F, 3>(panel, x, blocks, first, c);
-  else both_halves<F, 4>(panel, x, blocks, first, c);
+  if (count == 1) tile<F, 1, 2>(panel, x, blocks, 0, first, c);
+  else if (count == 2) tile<F, 2, 2>(panel, x, blocks, 0, first, c);
+  else if (count == 3) tile<F, 3, 2>(panel, x, blocks, 0, first, c);
+  else tile<F, 4, 2>(panel, x, blocks, 0, first, c);
 }
 
 }  // namespace
