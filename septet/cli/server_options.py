@@ -139,6 +139,10 @@ class Server:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
 
 
+BESIDE = 1024
+"""Requests of batches that an engine may have to hold beside those that the server lets wait."""
+
+
 def take_server(options: dict[str, Any]) -> Server:
     """Take the server's flags out of `options`; InvalidRequest for what can't be."""
     from septet.serve.guard import is_loopback
@@ -161,6 +165,7 @@ def take_server(options: dict[str, Any]) -> Server:
         drain_s=flags["shutdown_timeout"],
         kill_silent_s=flags["stall_timeout"],
     )
+    options["max_waiting"] += BESIDE  # of the engine: the server's own bound comes first
     check_tls(settings)
     server = Server(settings, Server(settings, None, flags).read_keys(), flags)  # type: ignore[arg-type]
     if not len(server.keys) and not is_loopback(settings.host) and not flags["allow_no_key"]:

@@ -32,6 +32,7 @@ class Context:
     began: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     key: Key | None = None
+    backfill: bool = False  # a request of a batch
     route: str = ""  # the pattern that matched
     model: str = ""
     prompt_tokens: int = 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from septet.serve.admission import Ticket
     from septet.serve.app import Service
     from septet.serve.context import Context
+    from septet.serve.metrics import Track
     from septet.session.events import Event
     from septet.session.session import Prompt, Session
 
@@ -52,15 +53,17 @@ async def generate(
         tokens=sum(tokens),
         max_output=params.max_tokens,
         rows=session.client.info.max_num_seqs,
+        backfill=context is not None and context.backfill,
     )
-    if ticket.place is not None:
-        how["arrival"] = ticket.place
-    if context is not None:
-        context.model = label
-        context.prompt_tokens += sum(tokens)
-    track = service.metrics.track(label, params, tokens, context.began if context is not None else None)
-    sources = [_numbered(session, i, prompt, params, how) for i, prompt in enumerate(prompts)]
+    track: Track | None = None
     try:
+        if ticket.place is not None:
+            how["arrival"] = ticket.place
+        if context is not None:
+            context.model = label
+            context.prompt_tokens += sum(tokens)
+        track = service.metrics.track(label, params, tokens, context.began if context is not None else None)
+        sources = [_numbered(session, i, prompt, params, how) for i, prompt in enumerate(prompts)]
         async with aclosing(merge(sources)) as events:
             async for number, event in _until(events, context.deadline if context is not None else None):
                 if isinstance(event, Finished) and event.reason is FinishReason.ABORT:
@@ -69,10 +72,12 @@ async def generate(
                 track.saw(number, event)
                 yield number, event
     except Exception as error:
-        track.failed(error)
+        if track is not None:
+            track.failed(error)
         raise
     finally:
-        track.aborted()  # what is still open: the client left
+        if track is not None:
+            track.aborted()  # what is still open: the client left
         ticket.leave()
 
 
@@ -86,6 +91,7 @@ async def vectors(service: Service, session: Session, prompts: Sequence[Prompt],
         tokens=tokens,
         max_output=1,
         rows=session.client.info.max_num_seqs,
+        backfill=context is not None and context.backfill,
     )
     if context is not None:
         context.model = service.label(session)

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from septet.errors import EngineDead, InvalidRequest, Overloaded
+from septet.errors import EngineDead, InvalidRequest, ModelNotFound, Overloaded
 from septet.serve.context import Context, entered
 from septet.serve.errors import HttpError, error_body, status_of
 from septet.serve.openai_batch_input import check, lines
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from pathlib import Path
 
+    from septet.serve.keys import Key
     from septet.serve.openai_batch_input import Line
     from septet.serve.service import Service
 
@@ -97,6 +98,9 @@ class Batches:
         """Another server on the same disk may run it."""
         if batch.status not in FINISHED and batch.id not in self._tasks:
             self.store.reload(batch.id)
+            batch = self.store.batches[batch.id]
+            if _is_over(batch):  # nobody has its model any more: what is left is told as expired
+                self._start(batch)
 
     async def cancel(self, owner: str, number: str) -> Batch:
         batch = self.get(owner, number)
@@ -124,8 +128,15 @@ class Batches:
     def resume(self) -> None:
         """Go on with what the last server left, where this one has the model."""
         for batch in self.store.batches.values():
-            if batch.status not in FINISHED and (not batch.model or batch.model in self.service.names):
+            if batch.status not in FINISHED and (self._has_model(batch) or _is_over(batch)):
                 self._start(batch)
+
+    def _has_model(self, batch: Batch) -> bool:
+        try:
+            self.service.models.find(batch.model or None)
+        except ModelNotFound:
+            return not batch.model
+        return True
 
     async def close(self) -> None:
         """Stop without ending any batch."""
@@ -173,8 +184,10 @@ class Batches:
         done = await asyncio.to_thread(self.store.done, batch)
         path = self.files.content(self.files.get(batch.owner, batch.input_file_id).id)
         todo = (line for line in lines(path, batch.endpoint) if line.custom_id not in done)
-        n_workers = min(WORKERS, batch.total) if batch.status == "in_progress" else 0
-        workers = [asyncio.create_task(self._worker(batch, todo)) for _ in range(n_workers)]
+        rows = max((s.client.info.max_num_seqs for s in self.service.models.loaded()), default=WORKERS)
+        n_workers = min(WORKERS, batch.total, rows) if batch.status == "in_progress" else 0  # see `Admission`
+        turn = asyncio.Lock()
+        workers = [asyncio.create_task(self._worker(batch, todo, turn)) for _ in range(n_workers)]
         self._workers[batch.id] = workers
         try:
             results = await asyncio.gather(*workers, return_exceptions=True)
@@ -186,25 +199,44 @@ class Batches:
         if batch.status != "cancelling" and batch.completed + batch.failed < batch.total:
             raise _Leaving
 
-    async def _worker(self, batch: Batch, todo: Iterator[Line]) -> None:
+    async def _worker(self, batch: Batch, todo: Iterator[Line], turn: asyncio.Lock) -> None:
         key = self.service.keys.named(batch.owner) if batch.owner else None
         if batch.owner and key is None:
             raise HttpError(
                 401, f"the API key {batch.owner!r} that asked for this batch is gone", code="invalid_api_key"
             )
-        entered(Context(key=key, route="batch"))
-        for line in todo:
+        while True:
+            async with turn:  # a line has up to 8 MiB: it is decoded beside the loop
+                line = await asyncio.to_thread(next, todo, None)
+            if line is None:
+                return
             if batch.status != "in_progress" or self.service.draining:
                 return
-            if time.time() >= batch.at["expires"]:
+            if _is_over(batch):
                 batch.ending = "expired"
                 error = {"code": "batch_expired", "message": "the batch was out of time before this request ran"}
                 self._record(batch, "err", line, None, error)
             else:
                 async with self._slots:
-                    await self._one(batch, line)
+                    await self._one(batch, line, key)
 
-    async def _one(self, batch: Batch, line: Line) -> None:
+    async def _one(self, batch: Batch, line: Line, key: Key | None) -> None:
+        """Counted for its key and told in the access log like any request."""
+        context = Context(key=key, route="batch", backfill=True)
+        entered(context)
+        status = 499
+        try:
+            status = await self._asked(batch, line)
+        finally:
+            context.ended = True
+            if key is not None:
+                self.service.metrics.key_used(key.name, context.prompt_tokens, context.output_tokens)
+            if self.service.access_log is not None:
+                shown = {"method": "BATCH", "path": f"{batch.endpoint}#{batch.id}", "headers": ()}
+                self.service.access_log.write(context, shown, status, 0)
+
+    async def _asked(self, batch: Batch, line: Line) -> int:
+        """The status of the answer, which is on the disk then."""
         body = {**line.body, "priority": BACKFILL}
         kind, status = "out", 200
         try:
@@ -216,6 +248,7 @@ class Batches:
         except Exception as error:
             kind, status, answer = "err", status_of(error), error_body(error)
         self._record(batch, kind, line, {"status_code": status, "request_id": _number("req"), "body": answer}, None)
+        return status
 
     async def _answered(self, batch: Batch, body: dict[str, Any]) -> dict[str, Any]:
         """The answer; a server that is full or without its engine for a moment is asked again."""
@@ -256,6 +289,10 @@ class Batches:
                 return None
         filename = f"{batch.id}_{_NAMED[kind]}.jsonl"
         return self.files.place(number, part, owner=batch.owner, filename=filename, purpose="batch_output").id
+
+
+def _is_over(batch: Batch) -> bool:
+    return batch.status not in FINISHED and time.time() >= batch.at["expires"]
 
 
 def _number(kind: str) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
+from septet.serve.access_log import AccessLog
+from septet.serve.admission import Admission
 from septet.serve.app import Service, Settings, create_app
 from septet.serve.keys import Key, Keys, digest_of
 from septet.serve.openai_batch_run import BACKFILL
@@ -449,3 +452,96 @@ def test_keys_see_their_own_alone() -> None:
         assert (await two.http.post("/batches", json=body)).status_code == 404
 
     run(go())
+
+
+# -- beside others ----------------------------------------------------------------------------------------------------
+def test_a_batch_takes_nobodys_place() -> None:
+    """Six places in all, and a batch of forty requests that do not move: the six are free, and no more than they."""
+
+    async def go() -> None:
+        gate = asyncio.Event()
+        client = FakeClient("hello", eos=True)
+
+        async def pause() -> None:
+            if any(request.priority == BACKFILL for request in client.seen):
+                await gate.wait()
+
+        client.pause = pause
+        client.info = replace(client.info, max_num_seqs=2)
+        http = Http(client)
+        admission = http.service.admission
+        admission.max_waiting, admission.max_waiting_tokens = 4, 500
+        batch = await http.start(jsonl(*(line(str(i)) for i in range(40))))
+        while len(client.seen) < 2:
+            await asyncio.sleep(0.005)
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        asked = [asyncio.create_task(http.http.post("/chat/completions", json=body)) for _ in range(8)]
+        while sum(task.done() for task in asked) < 2 or len(client.seen) < 8:
+            await asyncio.sleep(0.005)
+        assert (admission.open, admission.backfill) == (6, 2)
+        gate.set()
+        codes = sorted(answer.status_code for answer in await asyncio.gather(*asked))
+        assert codes == [200] * 6 + [429] * 2
+        done = await http.until(batch["id"], "completed")
+        assert done["request_counts"]["completed"] == 40
+        assert (admission.open, admission.backfill, admission.waiting_tokens) == (0, 0, 0)
+
+    run(go())
+
+
+def test_a_keys_batch_does_not_move_its_place_among_those_who_wait() -> None:
+    admission, alice = Admission(100), Key(name="alice", digest=b"")
+    first = admission.enter(alice, n=1, tokens=9000, max_output=9, rows=4, backfill=True)
+    assert admission.enter(alice, n=1, tokens=9, max_output=9, rows=4).place == 0.0
+    first.leave()
+    assert admission.enter(alice, n=1, tokens=9, max_output=9, rows=4, backfill=True).place == 9000.0
+
+
+def test_requests_of_a_batch_are_accounted_for(tmp_path: Path) -> None:
+    async def go() -> None:
+        secret = "k" * 20
+        http = Http(keys=Keys([Key(name="alice", digest=digest_of(secret))]), key=secret)
+        http.service.access_log = AccessLog("json", str(tmp_path / "access.log"))
+        batch = await http.start(jsonl(line("a"), line("b")))
+        await http.until(batch["id"], "completed")
+        http.service.access_log.close()
+        told = [json.loads(one) for one in (tmp_path / "access.log").read_text().splitlines()]
+        mine = [one for one in told if one["method"] == "BATCH"]
+        assert [(one["key"], one["status"], one["output_tokens"]) for one in mine] == [("alice", 200, 5)] * 2
+        assert all(one["path"].endswith(batch["id"]) for one in mine)
+        assert 'septet:key_tokens_total{key="alice",kind="output"} 10.0' in http.service.metrics.render().decode()
+
+    run(go())
+
+
+@pytest.mark.parametrize(("model", "expired", "status"), [
+    ("fake:latest", False, "completed"), ("gone", False, "in_progress"), ("gone", True, "expired"),
+])  # fmt: skip
+def test_after_a_restart_a_batch_of_any_name_of_a_model_goes_on_and_one_of_no_model_expires(
+    model: str, expired: bool, status: str
+) -> None:
+    async def first() -> str:
+        client = FakeClient("hello", eos=True)
+        client.pause = asyncio.Event().wait
+        http = Http(client)
+        body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
+        batch = await http.start(jsonl(line("a", body)))
+        while not client.seen:
+            await asyncio.sleep(0.005)
+        await http.service.batches.close()
+        kept = http.service.batches.store.batches[batch["id"]]
+        kept.model = model
+        if expired:
+            kept.at["expires"] = 0
+        http.service.batches.store.save(kept)
+        return str(batch["id"])
+
+    number = asyncio.run(asyncio.wait_for(first(), 20))
+
+    async def second() -> None:
+        http = Http()
+        if not expired:  # one that runs out of time meanwhile is seen when it is asked for
+            http.service.batches.resume()
+        await http.until(number, status)
+
+    run(second())

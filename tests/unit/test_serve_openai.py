@@ -266,7 +266,7 @@ def test_health_while_draining() -> None:
     assert ask(app, "GET", "/health").json() == {"status": "ok"}
     service.draining = True
     assert ask(app, "GET", "/health").status_code == 503
-    assert ask(app, "GET", "/ping").status_code == 200
+    assert ask(app, "GET", "/live").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
