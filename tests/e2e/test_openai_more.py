@@ -94,8 +94,8 @@ def test_response_with_a_tool(client: openai.OpenAI) -> None:
     assert call.name == "get_weather"
     assert set(json.loads(call.arguments)) == {"city"}
     streamed = list(client.responses.create(input=input, tool_choice="required", stream=True, **ask))
-    deltas = [e.delta for e in streamed if e.type == "response.function_call_arguments.delta"]
-    assert "".join(deltas) == call.arguments
+    first = [e for e in streamed if e.type == "response.function_call_arguments.delta" and e.output_index == 0]
+    assert "".join(e.delta for e in first) == call.arguments  # other calls may follow it
     input += [*asked.output, {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees, sunny"}]
     told = client.responses.create(input=input, tool_choice="none", **ask)
     assert told.output_text
