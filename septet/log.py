@@ -9,15 +9,24 @@ A traceback's lines are indented, so that no text in it can pass for a record.
 from __future__ import annotations
 
 import logging
+import logging.handlers
+import queue
 import re
 import sys
+import threading
 import time
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
-__all__ = ["LineFormatter", "clean", "configure"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["LineFormatter", "beside", "clean", "configure"]
 
 MAX_MESSAGE = 2000  # characters of one record
 MAX_TRACEBACK_LINES = 60
+CLOSE_WAIT_S = 1.0
+MAX_QUEUED = 10_000  # records; what comes beyond them is dropped
 
 # C0 and C1 controls, DEL, line and paragraph separators, bidirectional overrides, lone surrogates
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -74,3 +83,35 @@ def configure(level: str = "INFO", stream: TextIO | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+class _Dropping(logging.handlers.QueueHandler):
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+@contextmanager
+def beside(level: str = "INFO", stream: TextIO | None = None) -> Iterator[None]:
+    """As `configure` while the block runs, but written by a thread: a stream that is stuck holds nobody up."""
+    configure(level, stream)
+    logger = logging.getLogger("septet")
+    (before,) = logger.handlers
+    before.setFormatter(None)  # records are lines when they reach it
+    handler = _Dropping(queue.Queue(MAX_QUEUED))
+    handler.setFormatter(LineFormatter())
+    logger.handlers[:] = [handler]
+    writer = threading.Thread(target=_write, args=(handler.queue, before), name="log", daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        configure(level, stream)
+        with suppress(queue.Full):
+            handler.queue.put(None, timeout=CLOSE_WAIT_S)
+        writer.join(CLOSE_WAIT_S)
+
+
+def _write(records: queue.Queue[logging.LogRecord | None], handler: logging.Handler) -> None:
+    while (record := records.get()) is not None:
+        handler.handle(record)

@@ -6,6 +6,7 @@ Reads /proc and /sys only, standard library only. Values are read when asked, ne
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["available_memory", "cpu_quota", "thread_env", "usable_cpus"]
+__all__ = ["available_memory", "cpu_quota", "give_back_memory", "thread_env", "usable_cpus"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -73,6 +74,13 @@ def available_memory(proc: Path = PROC, sys_fs: Path = CGROUPS) -> int:
                 droppable = _field(stat, "total_inactive_file") or _field(stat, "inactive_file")
                 room.append(max(0, int(limit) - int(use) + droppable))
     return min(room)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can. Takes milliseconds: after large work, in a thread."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _field(text: str, name: str) -> int:

@@ -110,11 +110,15 @@ class Server:
 
     @contextlib.contextmanager
     def around(self, service: Service) -> Iterator[None]:
-        """The access log and the traces of a service, and its keys again on SIGHUP."""
+        """The logs and the traces of a service, and its keys again on SIGHUP."""
+        import os
+
+        from septet import log
         from septet.serve.access_log import AccessLog
         from septet.serve.tracing import Tracing
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(log.beside(os.environ.get("SEPTET_LOG_LEVEL", "INFO")))
             if self.flags["access_log"] != "off":
                 service.access_log = AccessLog(self.flags["access_log"], self.flags["access_log_file"])
                 stack.callback(service.access_log.close)

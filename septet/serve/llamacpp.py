@@ -23,7 +23,7 @@ from septet.serve.fields import CHAT, MESSAGES, Fields, schema_of, table
 from septet.serve.generation import generate, vectors
 from septet.serve.llamacpp_call import COMPLETION_SCHEMA, DEFAULTED, DEFAULTS, parse_completion
 from septet.serve.llamacpp_shape import Completion, chosen_fields
-from septet.serve.models import default_card
+from septet.serve.models import FixedModels, default_card
 from septet.serve.operations import ready
 from septet.serve.sse import until_gone
 
@@ -126,23 +126,29 @@ async def _bias(session: Session, given: Sequence[tuple[Piece, float]]) -> dict[
 
 # -- the server -------------------------------------------------------------------------------------------------------
 async def props(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
-    async with service.models.use(_asked(scope, "model")) as session:
-        info, limit = session.client.info, session.limits.max_model_len
-        special = getattr(session.tokenizer, "special_texts", {})
-        await reply.json(
-            {
-                "default_generation_settings": _slot(0, limit, processing=False) | {"params": _default_params()},
-                "total_slots": info.max_num_seqs,
-                "model_alias": session.model_name,
-                "model_path": session.model_name,  # where files lie is nobody's business
-                "chat_template": getattr(session.template, "source", ""),
-                "bos_token": special.get("bos_token", ""),
-                "eos_token": special.get("eos_token", ""),
-                "modalities": {"vision": False, "audio": False},
-                "build_info": f"septet {septet.__version__}",
-                "is_sleeping": False,
-            }
-        )
+    """Of a loaded model; of one that is not, what is known without it: nothing is loaded to be shown."""
+    wanted = _asked(scope, "model") or default_card(service.models).name
+    name = service.models.find(wanted).name
+    session = next((run.session for run in service.models.running() if run.name == name), None)
+    if isinstance(service.models, FixedModels):  # under any of its names
+        session = service.models.session
+    known = next((card.max_model_len for card in service.models.cards() if card.name == name), None)
+    limit = session.limits.max_model_len if session is not None else known or 0
+    special = getattr(session.tokenizer, "special_texts", {}) if session is not None else {}
+    await reply.json(
+        {
+            "default_generation_settings": _slot(0, limit, processing=False) | {"params": _default_params()},
+            "total_slots": session.client.info.max_num_seqs if session is not None else 0,
+            "model_alias": session.model_name if session is not None else name,
+            "model_path": session.model_name if session is not None else name,  # where files lie is nobody's business
+            "chat_template": getattr(session.template, "source", "") if session is not None else "",
+            "bos_token": special.get("bos_token", ""),
+            "eos_token": special.get("eos_token", ""),
+            "modalities": {"vision": False, "audio": False},
+            "build_info": f"septet {septet.__version__}",
+            "is_sleeping": False,
+        }
+    )
 
 
 async def set_props(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:

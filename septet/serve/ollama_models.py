@@ -357,6 +357,9 @@ async def has_blob(service: Service, scope: Scope, receive: Receive, reply: Repl
     await reply.raw(b"", "text/plain", 200 if found else 404)
 
 
+PART = 2**20  # bytes that are written at once
+
+
 async def upload_blob(service: Service, scope: Scope, receive: Receive, reply: Reply) -> None:
     """The body as it comes, in parts, each within the time of a body."""
     _check_manages(service)
@@ -364,7 +367,7 @@ async def upload_blob(service: Service, scope: Scope, receive: Receive, reply: R
     if uploaded(Store(), sha256):
         await reply.raw(b"", "text/plain")
         return
-    upload = Upload(Store(), sha256, MAX_UPLOAD)
+    upload, held = Upload(Store(), sha256, MAX_UPLOAD), bytearray()
     try:
         more = True
         while more:
@@ -375,8 +378,11 @@ async def upload_blob(service: Service, scope: Scope, receive: Receive, reply: R
                 raise HttpError(408, "the file stopped arriving") from None
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            upload.write(message.get("body", b""))
+            held += message.get("body", b"")
             more = message.get("more_body", False)
+            if len(held) >= PART or not more:
+                await asyncio.to_thread(upload.write, bytes(held))  # hashing and the disk take their time
+                held.clear()
         await asyncio.to_thread(upload.finish)
     finally:
         upload.close()

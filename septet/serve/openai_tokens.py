@@ -5,6 +5,7 @@ Listed by `openai.py`. No engine work; a long text is tokenised in a thread by t
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import InvalidRequest
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUTES", "SCHEMAS"]
 
+MAX_LISTED = 2**17  # tokens whose texts one answer tells
 TOKENIZE = table(
     {
         "string": "model prompt reasoning_effort",
@@ -49,14 +51,17 @@ async def tokenize(service: Service, scope: Scope, receive: Receive, reply: Repl
             ids = await session.token_ids(fields.string("prompt", ""), add_special_tokens=special)
         else:
             ids = await _chat_ids(session, fields)
-        await reply.json(
-            {
-                "count": len(ids),
-                "max_model_len": session.limits.max_model_len,
-                "tokens": ids,
-                "token_strs": [session.tokenizer.token_text(token) for token in ids] if as_strings else None,
-            }
+        strings = await asyncio.to_thread(_strings, session, ids) if as_strings else None
+        length = session.limits.max_model_len
+        await reply.json({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings})
+
+
+def _strings(session: Session, ids: Sequence[int]) -> list[str]:
+    if len(ids) > MAX_LISTED:
+        raise InvalidRequest(
+            f"the text has {len(ids)} tokens; return_token_strs tells {MAX_LISTED} at most", param="return_token_strs"
         )
+    return [session.tokenizer.token_text(token) for token in ids]
 
 
 async def _chat_ids(session: Session, fields: Fields) -> Sequence[int]:
@@ -76,9 +81,13 @@ async def detokenize(service: Service, scope: Scope, receive: Receive, reply: Re
         raise InvalidRequest("tokens is missing: give an array of token ids", param="tokens")
     ids = fields.array("tokens")
     async with service.models.use(fields.optional_string("model")) as session:
-        _check_ids(ids, session.tokenizer.vocab_size)
-        text = session.tokenizer.decode(ids, skip_special_tokens=False)
+        text = await asyncio.to_thread(_text, session, ids)
         await reply.json({"prompt": text, "content": text, "text": text})  # as vLLM, llama.cpp and SGLang name it
+
+
+def _text(session: Session, ids: Sequence[Any]) -> str:
+    _check_ids(ids, session.tokenizer.vocab_size)
+    return session.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _check_ids(ids: Sequence[Any], vocab_size: int) -> None:

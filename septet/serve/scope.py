@@ -18,6 +18,7 @@ import msgspec
 
 from septet.errors import EngineDead, Overloaded
 from septet.serve.dialect import Dialect
+from septet.serve.errors import error_body
 from septet.serve.guard import is_loopback
 from septet.serve.models import not_found
 from septet.serve.sse import until_gone
@@ -66,7 +67,11 @@ class Feed:
     async def _poll(self) -> None:
         while True:
             session = self.service.scopes.session(self.label)
-            frame = await self._frame(session) if session is not None else {"model": self.label, "gone": True}
+            try:
+                frame = await self._frame(session) if session is not None else {"model": self.label, "gone": True}
+            except Exception as error:  # the next one may be sound: nobody waits for ever
+                failure = str(error_body(error)["error"]["message"])
+                frame = {"model": self.label, "time": time.time(), "error": failure}
             async with self._news:
                 self.frame, self.number = frame, self.number + 1
                 self._news.notify_all()

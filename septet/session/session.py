@@ -17,6 +17,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import EngineDead, InvalidRequest
+from septet.machine import give_back_memory
 from septet.request import FinishReason, Pin, Request, SamplingParams
 from septet.session.choice import Choice, error_of
 from septet.session.merge import merge
@@ -42,6 +43,7 @@ MAX_SALT_CHARS = 256
 LONG_TEXT = 16_384
 """Characters from which a text is tokenised in a thread, so that it does not hold up everybody else's tokens."""
 SANE_CHARS_PER_TOKEN = 4
+HUGE_TEXT = 2**18
 """Up to this many characters per token of the context a text is tokenised first, so that the error has its length."""
 SHARE_FROM = 32
 """Prompt tokens from which the choices of one prompt wait for the first one's prefill and share it by the cache."""
@@ -145,6 +147,8 @@ class Session:
             return await asyncio.to_thread(self._encode_long, text, add_special_tokens, must_fit)
         finally:
             self._long_texts -= 1
+            if len(text) > HUGE_TEXT and not self._long_texts:  # a hundred bytes a character were held meanwhile
+                await asyncio.to_thread(give_back_memory)
 
     def _encode_long(self, text: str, add_special_tokens: bool, must_fit: bool) -> Sequence[int]:
         """Refuses a hopeless length before the work."""
