@@ -77,14 +77,12 @@ def gpu_rows(results: Path) -> list[Row]:
 
 
 def cpu_rows(results: Path, files: list[str]) -> list[Row]:
-    """Septet against llama.cpp on each of `files` ("model quantisation"), from all tables under results/cpu."""
-    sides: dict[str, dict[str, Any]] = {}
-    for path in sorted((results / "cpu").glob("c[0-9]*.json")):
-        for file, found in json.loads(path.read_text())["files"].items():
-            sides[file] = found["sides"]
+    """Septet against llama.cpp on each of `files` ("model quantisation"): medians over the table's rounds."""
+    found = json.loads((results / "cpu" / "table-zen3.json").read_text())["files"]
+    sides: dict[str, dict[str, Any]] = {file: found[file]["sides"] for file in files}
     rows = []
     for key, name in CPU_WORKLOADS.items():
-        pairs = [sides.get(file, {}) for file in files]
+        pairs = [sides[file] for file in files]
         ratios = (_ratio(key, p.get("septet", {}).get(key, []), p.get("llama_cpp", {}).get(key, [])) for p in pairs)
         rows.append(Row(name, tuple(ratios)))
     return rows
