@@ -98,17 +98,18 @@ def beside(level: str = "INFO", stream: TextIO | None = None) -> Iterator[None]:
     logger = logging.getLogger("septet")
     (before,) = logger.handlers
     before.setFormatter(None)  # records are lines when they reach it
-    handler = _Dropping(queue.Queue(MAX_QUEUED))
+    records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_QUEUED)
+    handler = _Dropping(records)
     handler.setFormatter(LineFormatter())
     logger.handlers[:] = [handler]
-    writer = threading.Thread(target=_write, args=(handler.queue, before), name="log", daemon=True)
+    writer = threading.Thread(target=_write, args=(records, before), name="log", daemon=True)
     writer.start()
     try:
         yield
     finally:
         configure(level, stream)
         with suppress(queue.Full):
-            handler.queue.put(None, timeout=CLOSE_WAIT_S)
+            records.put(None, timeout=CLOSE_WAIT_S)
         writer.join(CLOSE_WAIT_S)
 
 

@@ -34,8 +34,9 @@ __all__ = ["serve"]
     "--keep-alive", type=KeepAlive(), help="How long an idle model stays loaded: 5m, 300, -1 = for ever [5m]."
 )
 @click.option("--memory-budget", type=Bytes(), default=0, help="For all loaded models, as 4G [0: auto].")
-@click.option("--preload", multiple=True, metavar="MODEL", help="Load at start, and keep.")
+@click.option("--preload", multiple=True, metavar="MODEL", help="Load at start; stays unless --keep-alive.")
 @click.option("--manage/--no-manage", default=None, help="Clients may pull, create and delete models [on loopback].")
+@click.option("--model", "--model-path", "also", multiple=True, hidden=True, help="As other servers'; MODEL here.")
 @server_options
 @click.option("--tool-call-parser", default="auto", show_default=True, help="How the model writes tool calls.")
 @click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes thoughts; none: as content.")
@@ -48,6 +49,7 @@ def serve(
     preload: tuple[str, ...],
     manage: bool | None,
     enable_auto_tool_choice: bool,
+    also: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Serve models over HTTP: the APIs of OpenAI, Ollama and others (docs/api.md).
@@ -57,6 +59,7 @@ def serve(
     """
     from septet.serve.guard import is_loopback
 
+    models += also
     server = take_server(options)
     if manage and models:
         raise InvalidRequest("--manage is for a server of the store: start it without naming a model", param="manage")

@@ -29,10 +29,16 @@ _FILE = click.Path(dir_okay=False)
 _OPTIONS = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."),
-    click.option("--served-model-name", multiple=True, help="Name in the API (several: aliases) [the model's]."),
+    click.option("--served-model-name", multiple=True, help="Name in the API; again for each alias [the model's]."),
     click.option("--allowed-host", multiple=True, help="Host header to accept besides loopback names."),
     click.option("--allowed-origin", multiple=True, help="Web origin whose pages may use the server."),
-    click.option("--api-key", multiple=True, metavar="KEY", envvar="SEPTET_API_KEY", help="Ask for this key [none]."),
+    click.option(
+        "--api-key",
+        multiple=True,
+        metavar="KEY",
+        envvar="SEPTET_API_KEY",
+        help="Ask for this key, from 16 characters [none].",
+    ),
     click.option("--api-key-file", type=_FILE, help="Hashed keys with their limits (see `septet key new`)."),
     click.option("--allow-no-key", is_flag=True, help="Serve beyond loopback without any key."),
     click.option("--ssl-certfile", type=_FILE, help="Serve HTTPS with this certificate chain (PEM)."),

@@ -138,12 +138,12 @@ def _structural_tag(spec: str, special: Mapping[str, int], relaxed: bool) -> tup
         where = f"structural_tag: structures[{i}]"
         trigger, rest, body, end = _structure(structure, triggers, where, special, relaxed, named)
         islands[trigger].append(f"{_piece(rest, special)} {body} {_piece(end, special)}")
-    flags = [value.get(name) is True for name in ("at_least_one", "stop_after_first")]
+    at_least_one, only_one = (value.get(name) is True for name in ("at_least_one", "stop_after_first"))
     between = value.get("between", "") if value.get("no_text") is True else None
     if not isinstance(between, str | None):
         raise _refuse("structural_tag: between must be text")
     allowed = [special[mark] for mark in dict.fromkeys(marks) if mark in special and mark not in triggers]
-    return {"lark_grammar": _islands(islands, special, allowed, *flags, between)}, named
+    return {"lark_grammar": _islands(islands, special, allowed, at_least_one, only_one, between)}, named
 
 
 def _structure(

@@ -43,7 +43,7 @@ class Answer:
         self._texts: list[str] = []  # of the open block
         self._blank = ""  # white space that may turn out to stand before a call: no text block is made of that
         self._last: StreamEvent = {}
-        self._edits = {"context_management": {"applied_edits": []}} if call.edits is not None else {}
+        self._edits: StreamEvent = {"context_management": {"applied_edits": []}} if call.edits is not None else {}
 
     def start(self) -> StreamEvent:
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}

@@ -41,10 +41,15 @@ async def read_object(scope: Scope, receive: Receive, *, max_bytes: int, timeout
     except TimeoutError:
         raise HttpError(408, f"the request body did not arrive within {timeout_s:g} s") from None
     fields = decode_object(body)
-    context = current()
-    if context is not None and fields.get("timeout") is not None:  # in every dialect
-        context.limit(fields.pop("timeout"), "timeout")
+    take_timeout(fields)
     return fields
+
+
+def take_timeout(fields: dict[str, Any]) -> None:
+    """The field `timeout`, in every dialect, becomes the limit of the request; null is none."""
+    context = current()
+    if context is not None and (given := fields.pop("timeout", None)) is not None:
+        context.limit(given, "timeout")
 
 
 async def body_of(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:

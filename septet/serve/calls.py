@@ -268,7 +268,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if role == "assistant" and message.get("tool_calls"):
         result["tool_calls"] = checked_calls(f"{where}.tool_calls", message["tool_calls"])
     content = message.get("content")
-    result["content"] = "" if content is None and "tool_calls" in result else _content(where, content)
+    result["content"] = "" if content is None and role == "assistant" else _content(where, content)  # thoughts or calls
     if role == "tool":
         result["tool_call_id"] = checked_id(f"{where}.tool_call_id", message.get("tool_call_id"))
     thoughts = (message.get("reasoning") or message.get("reasoning_content")) if role == "assistant" else None

@@ -128,7 +128,7 @@ class FixedModels:
     def find(self, name: str | None) -> LocalModel:
         known = name is None or name in self.names or name.removesuffix(":latest") in self.names
         if not known and name not in PLACEHOLDERS:
-            raise not_found(name, self.names)
+            raise not_found(name or "", self.names)
         if self.session.origin is not None:
             return replace(self.session.origin, name=name or self.names[0])
         path = Path(self.session.client.info.model)

@@ -77,10 +77,11 @@ _CREATE = table(
 
 
 def typed(scope: Scope) -> Scope:
-    """Ollama's own examples send JSON with curl's default type; a page of another origin is refused before."""
+    """Ollama takes JSON under any type: curl's default, a browser's. Pages of another origin are refused before."""
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
     given = {value for name, value in scope["headers"] if name.lower() == b"content-type"}
-    if given <= {b"application/x-www-form-urlencoded"}:
+    media = {value.split(b";")[0].strip().lower() for value in given}
+    if media <= {b"application/x-www-form-urlencoded", b"text/plain"}:
         return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
     return scope
 

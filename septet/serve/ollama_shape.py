@@ -146,6 +146,6 @@ def _object(text: str) -> dict[str, Any]:
     """The arguments of a call. What a parser has let through is JSON; a model's number may still be no JSON object."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"arguments": text}

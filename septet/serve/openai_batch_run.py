@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from septet.errors import EngineDead, InvalidRequest, ModelNotFound, Overloaded
+from septet.serve.body import take_timeout
 from septet.serve.context import Context, entered
 from septet.serve.errors import HttpError, error_body, status_of
 from septet.serve.openai_batch_input import check, lines
@@ -242,6 +243,7 @@ class Batches:
         try:
             if line.body.get("stream"):
                 raise InvalidRequest("stream is not possible in a batch", param="stream")
+            take_timeout(body)
             answer = await self._answered(batch, body)
         except (_Leaving, asyncio.CancelledError):
             raise

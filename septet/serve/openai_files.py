@@ -32,7 +32,7 @@ __all__ = ["ROUTES"]
 PURPOSES = ("batch",)
 UPLOAD_S = 600.0
 OVERHEAD = 64 * 1024  # of the multipart form around the file
-_FIELDS = ("purpose", "file", "expires_after[anchor]", "expires_after[seconds]")
+_FIELDS = ("purpose", "file")
 CHUNK = 256 * 1024
 
 
@@ -78,6 +78,10 @@ def _capped(receive: Receive, max_bytes: int) -> Receive:
 
 async def _keep(store: FileStore, form: FormData) -> dict[str, Any]:
     for name in form:
+        if name.startswith("expires_after"):
+            raise InvalidRequest(
+                "expires_after is not supported: a file stays until it is deleted", param="expires_after"
+            )
         if name not in _FIELDS:
             raise InvalidRequest(f"unknown field {name[:80]!r}", param=name[:80])
     purpose, file = form.get("purpose"), form.get("file")

@@ -58,12 +58,21 @@ def check_tls(settings: Settings) -> None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
         return
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.ssl_certfile, settings.ssl_keyfile, password=_no_password
+        )
     except (OSError, ssl.SSLError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no certificate and key"
         raise InvalidRequest(
             f"can't use the certificate {settings.ssl_certfile}: {reason}", param="ssl_certfile"
         ) from None
+
+
+def _no_password() -> str:
+    """Asked for an encrypted key, where OpenSSL would ask at the terminal."""
+    raise InvalidRequest(
+        "the TLS key has a password; give one without: openssl pkey -in KEY -out PLAIN", param="ssl_keyfile"
+    )
 
 
 async def serve(app: ASGIApp, service: Service, sock: socket.socket, on_ready: Callable[[], None]) -> int:

@@ -123,7 +123,7 @@ class Session:
                 f"{self.model_name} has no chat template; use a plain prompt (/v1/completions, LLM.generate)",
                 param="messages",
             )
-        variables = getattr(self.template, "variables", frozenset())
+        variables: frozenset[str] = getattr(self.template, "variables", frozenset())
         options = {k: v for k, v in options.items() if k in variables or not _asks_nothing(k, v)}
         if self.reply_format is not None:
             known = [Tool.of(tool) for tool in tools or ()]

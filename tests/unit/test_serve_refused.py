@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
+from septet.cli.serve import serve
+from septet.errors import InvalidRequest
 from septet.serve.app import Service, Settings, create_app
 from septet.serve.keys import Key, Keys, digest_of, new_key
+from septet.serve.ollama_shape import _object as arguments_of
 from septet.serve.restart import RestartedModel
+from septet.serve.running import check_tls
 from septet.serve.unrouted import ABSENT
 from tests.fakes import FakeClient, session
 from tests.unit.test_serve_openai import CHAT, HI, app_of, ask
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from septet.session.session import Session
 
 ALICE = new_key()
@@ -154,3 +162,51 @@ def test_calls_that_are_known_and_absent_are_refused_by_name(path: str) -> None:
 def test_invocations_is_tgis_way_of_sagemaker() -> None:
     answer = ask(app_of(FakeClient("hello")), "POST", "/invocations", json={"inputs": "x"})
     assert answer.json()[0]["generated_text"] == "hello"
+
+
+# -- fields and flags -------------------------------------------------------------------------------------------------
+def test_a_timeout_of_null_is_none() -> None:
+    assert ask(app_of(), "POST", CHAT, json={**HI, "timeout": None}).status_code == 200
+    assert ask(app_of(), "POST", CHAT, json={**HI, "timeout": -1}).status_code == 400
+
+
+def test_what_an_assistant_said_may_have_been_thoughts_alone() -> None:
+    said = [*HI["messages"], {"role": "assistant", "content": None}, *HI["messages"]]
+    assert ask(app_of(), "POST", CHAT, json={**HI, "messages": said}).status_code == 200
+    refused = ask(app_of(), "POST", CHAT, json={**HI, "messages": [{"role": "user", "content": None}]})
+    assert refused.status_code == 400
+
+
+def test_ollamas_calls_take_json_from_a_page_without_a_type() -> None:
+    body = b'{"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": false}'
+    for media in ("text/plain", "text/plain;charset=UTF-8"):
+        headers = {"content-type": media}
+        assert ask(app_of(), "POST", "/api/chat", content=body, headers=headers).status_code == 200
+        assert ask(app_of(), "POST", CHAT, content=body, headers=headers).status_code == 415
+
+
+def test_arguments_that_are_too_deep_to_read_are_text() -> None:
+    deep = "[" * 100_000
+    assert arguments_of(deep) == {"arguments": deep}
+
+
+def test_files_that_would_expire_are_refused_by_name() -> None:
+    form = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    refused = ask(app_of(), "POST", "/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expires_after")
+
+
+def test_a_tls_key_with_a_password_is_one_line_and_no_prompt(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-days", "2", "-passout", "pass:secret"]
+    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", *subject]
+    subprocess.run([*request, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with pytest.raises(InvalidRequest, match="has a password"):
+        check_tls(Settings(ssl_certfile=str(cert), ssl_keyfile=str(key)))
+
+
+def test_a_model_may_be_given_as_other_servers_take_it() -> None:
+    """The flag that asks for a server without a named model tells that one was named."""
+    told = CliRunner().invoke(serve, ["--model", "smollm2", "--manage"])
+    assert isinstance(told.exception, InvalidRequest)
+    assert "without naming a model" in str(told.exception)

@@ -13,7 +13,12 @@ export const busy = () => running !== null;
 export const stop = () => running?.abort();
 
 export function restoreSettings() {
-  const kept = JSON.parse(localStorage.getItem("septet.settings") || "{}");
+  let kept = {};
+  try {
+    kept = JSON.parse(localStorage.getItem("septet.settings")) || {};
+  } catch {
+    localStorage.removeItem("septet.settings"); // of another version, or damaged
+  }
   for (const id of KEPT) {
     if (typeof kept[id] === "string") $(id).value = kept[id];
     $(id).addEventListener("change", () => {
