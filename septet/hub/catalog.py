@@ -104,5 +104,9 @@ GEMMA3_270M = CatalogEntry(
 CATALOG: tuple[CatalogEntry, ...] = (SMOLLM2, GEMMA3_270M)
 
 
+_ALIASES = {"smollm2:135m": "smollm2"}  # Ollama's own tag of the same model
+
+
 def find(name: str) -> CatalogEntry | None:
-    return next((entry for entry in CATALOG if entry.name == name.lower()), None)
+    plain = _ALIASES.get(name.lower(), name.lower())
+    return next((entry for entry in CATALOG if entry.name == plain), None)

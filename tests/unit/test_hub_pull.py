@@ -18,7 +18,7 @@ import pytest
 from septet.errors import ModelFileError, ModelNotFound, OfflineError
 from septet.hub import catalog, from_hf, from_pip
 from septet.hub.catalog import CATALOG, CatalogEntry, Part, find
-from septet.hub.pull import pull, resolve
+from septet.hub.pull import canonical, pull, resolve
 from septet.hub.store import Store
 
 if TYPE_CHECKING:
@@ -381,3 +381,8 @@ def test_hf_errors_in_our_words(store: Store, name: str, kind: type[Exception], 
     with pytest.raises(kind, match=words) as caught:
         from_hf.pull_repo(store, "org/name", None, Hub({}, error))
     assert "10.0.0.1" not in str(caught.value)
+
+
+def test_ollamas_tag_of_a_model_is_a_name_of_it(tmp_path: Path) -> None:
+    assert find("SmolLM2:135M") is find("smollm2")
+    assert canonical("smollm2:135m", Store(tmp_path)) == "smollm2"
