@@ -304,8 +304,8 @@ def test_endless_calls_take_linear_time_and_bounded_memory(case: tuple[str, str,
         assert all(len(text) <= 50_000 for text in read.broken)
         return took
 
-    short, long = max(seconds(25_000), 0.02), seconds(200_000)
-    assert long < 8 * short * 3
+    tries = ((seconds(200_000), max(seconds(25_000), 0.02)) for _ in range(4))  # a neighbour may slow one of them
+    assert any(long < 8 * short * 3 for long, short in tries)  # quadratic: 64 times
 
 
 # -- the table
