@@ -265,7 +265,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         if name not in ("role", "content", "name", *own) and value not in (None, []):
             raise InvalidRequest(f"{where}.{name[:80]} is not supported yet", param=f"{where}.{name[:80]}")
     result: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    if role == "assistant" and message.get("tool_calls"):
+    if role == "assistant" and message.get("tool_calls") not in (None, []):
         result["tool_calls"] = checked_calls(f"{where}.tool_calls", message["tool_calls"])
     content = message.get("content")
     result["content"] = "" if content is None and role == "assistant" else _content(where, content)  # thoughts or calls
