@@ -30,17 +30,10 @@ SEPTET_API int septet_tape_run(void* tape, const Step* step, int parts) {
     return -1;
   }
 }
+
 SEPTET_API int septet_tape_decode(void* tape, const Decode* rows) {
   try {
     return static_cast<Tape*>(tape)->decode(*rows);
-  } catch (...) {
-    return -1;
-  }
-}
-
-SEPTET_API int septet_tape_draw(void* tape, const Decode* rows) {
-  try {
-    return static_cast<Tape*>(tape)->draw(*rows), 0;
   } catch (...) {
     return -1;
   }

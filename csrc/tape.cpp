@@ -130,10 +130,6 @@ int Tape::decode(const Decode& rows) {
   return 0;
 }
 
-void Tape::draw(const Decode& rows) {
-  pool_.parallel([&](int thread) { choose_tokens(rows, thread); });
-}
-
 void Tape::choose_tokens(const Decode& rows, int thread) {
   const Range mine = share(rows.n, thread, pool_.active());
   for (int64_t i = mine.first; i < mine.last; i++) {

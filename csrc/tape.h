@@ -129,7 +129,7 @@ struct Decode {
   const int64_t *top_k, *seed;               // (rows)
   float* logits;                             // (n, result_width)
   int64_t* sampled;                          // (n); null: logits only
-  const uint32_t* words;                     // (masks, words_stride) tokens allowed, one bit each; read by `draw` alone
+  const uint32_t* words;                     // (masks, words_stride) tokens allowed, one bit each
   int64_t words_stride;
   const int64_t* line;                       // (n) which mask a row follows, -1 = none; null: nobody has one
 };
@@ -148,7 +148,6 @@ class Tape {
   int run(const Step& step, int parts);
 
   int decode(const Decode& rows);  // status as run
-  void draw(const Decode& rows);   // after a `decode` without `sampled`: its tokens, under masks; forbidden logits become -inf
 
   const float* hidden_states() const;  // (T, width) of the last run, until the next
 
