@@ -148,7 +148,7 @@ class StepGraphs:
         self.staging = runner.staging
         self._todo = shapes.usual()
         self._not_before = 0.0  # monotonic
-        n_inputs, device = 5 * shapes.max_rows + 3 + shapes.max_tokens, runner.staging.device  # the longest `pack`
+        n_inputs, device = 5 * shapes.max_rows + 3 + 3 * shapes.max_tokens, runner.staging.device  # longest `pack`
         inputs = torch.zeros(n_inputs, dtype=torch.int64, device=device)
         tokens = torch.zeros(shapes.max_rows, dtype=torch.int64, device=device)
         masks = MaskBuffers(shapes.max_rows, device)

@@ -196,11 +196,14 @@ def needed_kernels(
 
 @contextmanager
 def _noted() -> Iterator[dict[str, Any]]:
-    """Launches of Triton kernels that are not compiled yet are skipped and noted: {what to compile: function}."""
+    """This thread's launches of Triton kernels are skipped, and what is not compiled yet is noted: {what to compile:
+    function}."""
     from triton import knobs
+    from triton.runtime import JITFunction
 
     notes: dict[str, Any] = {}
     here = threading.get_ident()
+    run = JITFunction.run
 
     def note(*, fn: Any, compile: dict[str, Any], **more: object) -> bool:
         if threading.get_ident() != here:
@@ -208,11 +211,15 @@ def _noted() -> Iterator[dict[str, Any]]:
         notes[compile["specialization_data"]] = fn.jit_function
         return True
 
+    def without_launch(self: Any, *args: object, warmup: bool, **more: object) -> object:
+        return run(self, *args, warmup=warmup or threading.get_ident() == here, **more)
+
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    JITFunction.run = without_launch  # a kernel that is compiled by now would otherwise run, on tensors without memory
     try:
         yield notes
     finally:
-        knobs.runtime.jit_cache_hook = before
+        knobs.runtime.jit_cache_hook, JITFunction.run = before, run
 
 
 class _NoValues(Dense):

@@ -8,21 +8,25 @@ step's surplus rows compute position 0 of it, a chunk's surplus tokens are one r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
-from septet.engine.layout import lay_out, lay_out_decode
+import numpy as np
+import torch
+
+from septet.engine.layout import lay_out_decode
+from septet.kernels.ops import Layout
 from septet.layers.batch import ForwardBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from torch import Tensor
 
     from septet.engine.buckets import Shape
     from septet.engine.masked import MaskBuffers
     from septet.engine.rows import Rows
-    from septet.kernels.ops import LayerKV, Layout, Ops
+    from septet.kernels.ops import LayerKV, Ops
     from septet.models.registry import Model
     from septet.step import PlanRow
 
@@ -87,7 +91,7 @@ class StaticStep:
         return self.machine.tokens
 
     def position(self) -> Tensor:
-        """(rows,) int64: where the drawn tokens will stand."""
+        """(rows,) int32 or int64: where the drawn tokens will stand."""
         raise NotImplementedError
 
 
@@ -110,50 +114,70 @@ class DecodeStep(StaticStep):
         ids, layout = lay_out_decode(
             self.machine.ops, self.machine.rows, self.row, self.start, self.slots, self.shape.max_kv
         )
+        self.length = layout.kv_len  # start + 1; kept, so that what `draw` reads is not given to others of the pool
         return ids, layout, None
 
     def position(self) -> Tensor:
-        return self.start + 1
+        return self.length
 
 
 class ChunkStep(StaticStep):
     """Any mix of prompts, chunks and decoding rows; each samples one token or none.
 
-    Inputs: row (R + 1,) | start (R + 1,) | n (R + 1,) | row that samples (R,), scratch = none | position (R,) |
-    slot (T,). Row R owns the padding tokens: n of them, from position 0 of the scratch row.
+    The layout comes whole from the host, which knows it: on the device it would be a dozen small kernels. Inputs: see
+    `_parts`. Row R owns the padding tokens, from position 0 of the scratch row on.
     """
 
     def __init__(self, machine: Machine, shape: Shape) -> None:
         super().__init__(machine, shape)
-        n = shape.rows
-        table, self.slots = self.inputs.split([5 * n + 3, shape.tokens])
-        self.rows, self.start, self.n, self.row, self.at = table.split([n + 1, n + 1, n + 1, n, n])
+        tokens, self.row, self.at, self.ends, short, self.rows = _parts(shape, self.inputs)
+        self.q_start, self.kv_len = _bounds(shape, short.view(torch.int32))
+        self.token_row, self.positions, self.slots = tokens.view(3, -1)
 
     def pack(self, rows: Sequence[PlanRow], out: np.ndarray) -> None:
         size, scratch = self.shape.rows, self.machine.rows.scratch
         rows = sorted(rows, key=lambda row: not row.n_sample)
         n, n_sampling = len(rows), sum(1 for row in rows if row.n_sample)
-        table, slots = out[: 3 * size + 3].reshape(3, size + 1), out[5 * size + 3 :]
-        table[0, :n] = [row.row for row in rows]
-        table[1, :n] = [row.start for row in rows]
-        table[2, :n] = [row.n for row in rows]
-        table[0, n:] = scratch
-        table[1:, n:] = 0
-        sampling, position = out[3 * size + 3 : 5 * size + 3].reshape(2, size)
-        sampling[:n_sampling], sampling[n_sampling:] = table[0, :n_sampling], scratch
-        position[:n_sampling], position[n_sampling:] = (table[1] + table[2])[:n_sampling], 0
-        flat = [slot for row in rows for slot in row.slots]
-        slots[: len(flat)], slots[len(flat) :] = flat, 0
-        table[2, size] = len(slots) - len(flat)
+        tokens, sampling, position, ends, short, owners = _parts(self.shape, out)
+        q_start, kv_len = _bounds(self.shape, short.view(np.int32))
+        owners[:n], owners[n:] = [row.row for row in rows], scratch
+        start = np.zeros(size + 1, dtype=np.int64)
+        start[:n] = [row.start for row in rows]
+        length = np.zeros(size + 1, dtype=np.int64)
+        length[:n] = [row.n for row in rows]
+        n_tokens = int(length.sum())
+        length[size] = self.shape.tokens - n_tokens
+        q_start[0], q_start[1:], kv_len[:] = 0, np.cumsum(length), start + length
+        sampling[:n_sampling], sampling[n_sampling:] = owners[:n_sampling], scratch
+        position[:n_sampling], position[n_sampling:] = kv_len[:n_sampling], 0
+        np.maximum(q_start[1 : size + 1] - 1, 0, out=ends)  # a surplus row of no tokens samples its neighbour's
+        token_row, positions, slots = tokens.reshape(3, -1)
+        token_row[:] = np.repeat(owners, length)
+        positions[:] = np.arange(self.shape.tokens) + np.repeat(start - q_start[:-1], length)
+        slots[:n_tokens], slots[n_tokens:] = [slot for row in rows for slot in row.slots], 0
 
     def lay_out(self) -> tuple[Tensor, Layout, Tensor]:
-        tokens, max_kv = self.shape.tokens, self.shape.max_kv
-        ids, layout = lay_out(self.machine.rows, self.rows, self.start, self.n, self.slots, tokens, max_kv)
-        ends = layout.q_start[1:-1].long()  # a surplus row of no tokens samples its neighbour's
-        return ids, layout, (ends - 1).clamp(min=0)
+        rows, (_, tokens, _, max_kv) = self.machine.rows, self.shape
+        ids, _ = self.machine.ops.place_write(rows.tokens, rows.slot_of, self.token_row, self.positions, self.slots)
+        layout = Layout(
+            self.positions, self.slots, self.rows, self.q_start, self.kv_len, rows.slot_of, tokens, max_kv
+        )  # fmt: skip
+        return ids, layout, self.ends
 
     def position(self) -> Tensor:
         return self.at
+
+
+def _parts(shape: Shape, inputs: Any) -> list[Any]:
+    """A chunk's int64 inputs -> token's row, position and slot (3 T,) | row that samples (R,), scratch = none | its
+    token's position (R,) | token whose logits it wants (R,) | `_bounds` as int64 | rows (R + 1,)."""
+    ends = list(accumulate((3 * shape.tokens, *(shape.rows,) * 3, shape.rows + 2, shape.rows + 1)))
+    return [inputs[a:b] for a, b in pairwise((0, *ends))]
+
+
+def _bounds(shape: Shape, short: Any) -> tuple[Any, Any]:
+    """(2 R + 4,) int32 -> q_start (R + 2,), kv_len (R + 1,); one is left over."""
+    return short[: shape.rows + 2], short[shape.rows + 2 : 2 * shape.rows + 3]
 
 
 def static_step(machine: Machine, shape: Shape) -> StaticStep:
@@ -161,4 +185,4 @@ def static_step(machine: Machine, shape: Shape) -> StaticStep:
 
 
 def input_length(shape: Shape) -> int:
-    return 3 * shape.rows if shape.decode else 5 * shape.rows + 3 + shape.tokens
+    return 3 * shape.rows if shape.decode else 5 * shape.rows + 3 + 3 * shape.tokens

@@ -194,7 +194,8 @@ class Ops:
         """`apply_mask`, then `gumbel_argmax` with what stands for each row, then the write-back, as one op.
 
         logits (S, V) in the compute dtype; mask, line as in `apply_mask`; temperature (max_rows,) float32 and seeds
-        (max_rows,) int64, of which row[s] counts; row, positions (S,) int64. Token s goes to tokens[row[s],
-        positions[s]] (max_rows, max_len) int32, 0 for a row with a NaN, and to drawn[s] (at least S,) int64, -1 there.
+        (max_rows,) int64, of which row[s] counts; row (S,) int64, positions (S,) int32 or int64. Token s goes to
+        tokens[row[s], positions[s]] (max_rows, max_len) int32, 0 for a row with a NaN, and to drawn[s] (at least S,)
+        int64, -1 there.
         """
         raise NotImplementedError

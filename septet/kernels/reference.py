@@ -192,7 +192,7 @@ class ReferenceOps(Ops):
         positions: Tensor,
         drawn: Tensor,
     ) -> None:
-        masked = self.apply_mask(logits, mask, line)
+        masked, positions = self.apply_mask(logits, mask, line), positions.long()
         chosen = self.gumbel_argmax(masked, temperature[row], seeds[row], positions)
         tokens[row, positions] = chosen.clamp(min=0).int()
         drawn[: len(chosen)].copy_(chosen)

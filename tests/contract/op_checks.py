@@ -252,7 +252,8 @@ def check_draw(ops: Ops, oracle: Ops, inputs: Inputs, n: int, vocab: int) -> Non
     want, want_drawn = tokens.clone(), drawn.clone()
     chosen = oracle.gumbel_argmax(oracle.apply_mask(logits, words, line), temperature[row], seeds[row], positions)
     want[row, positions], want_drawn[:n] = chosen.clamp(min=0).int(), chosen
-    ops.draw_write(logits, words, line, temperature, seeds, tokens, row, positions, drawn)
+    at = positions.int() if n % 2 else positions
+    ops.draw_write(logits, words, line, temperature, seeds, tokens, row, at, drawn)
     close(drawn, want_drawn, "drawn")
     close(tokens, want, "tokens")
 

@@ -55,10 +55,12 @@ again = Rehearsal(config, TritonOps(), torch.bfloat16, shapes, store)
 second = again.finish()
 again.go_on()
 early.append(again.over())
+left = needed_kernels(config, TritonOps(), torch.bfloat16, shapes, shapes.first())  # those were not launched
 rehearsal.needed_kernels = lambda *args: 1 / 0
 failing = Rehearsal(config, TritonOps(), torch.float16, shapes, store)
 third = failing.finish()
 got = {"names": names, "first": first, "compiled": compiled, "second": second, "third": third, "over": early}
+got |= {"left": len(left), "compiler": "torch._dynamo" in sys.modules}
 print(json.dumps(got))
 """
 
@@ -82,4 +84,8 @@ def test_the_kernels_of_the_first_steps(tmp_path: Path) -> None:
     assert got["second"] == 0, "what was rehearsed once is read from the store"
     assert got["over"] == [False, True, True]
     assert got["third"] == 0
+    assert 0 < got["left"] < len(got["names"]), (
+        "what is compiled is neither noted again nor run on tensors of no memory"
+    )
+    assert not got["compiler"], "torch's own compiler takes seconds to import"
     assert "not all kernels could be compiled ahead: ZeroDivisionError" in done.stderr
