@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from septet.config import ModelConfig
@@ -20,6 +21,14 @@ class Build:
     config: ModelConfig
     ops: Ops
     source: Source
-    device: torch.device
-    dtype: torch.dtype  # compute dtype of activations
+    device: torch.device | None  # where tensors live; None: arrays of the host, and no torch
+    dtype: torch.dtype | str  # compute dtype of activations; its name where there is no torch
     max_len: int  # tokens: how long the rotary tables must be
+
+    def place(self, values: np.ndarray) -> Any:
+        """A table that a layer has computed, put where the model's weights are."""
+        if self.device is None:
+            return values
+        import torch
+
+        return torch.from_numpy(values).to(self.device)

@@ -44,11 +44,13 @@ class MergedLinear:
     ) -> None:
         self.ops = build.ops
         parts = list(zip(names, n_outs, strict=True))
-        self.weights = _stack([build.source.matrix(f"{name}.weight", (n_out, n_in)) for name, n_out in parts])
-        self.biases: list[Tensor | None] = [None] * len(self.weights)
+        stacks = _stack([build.source.matrix(f"{name}.weight", (n_out, n_in)) for name, n_out in parts])
+        self.weights = [weight for weight, _ in stacks]
+        self.biases: list[Tensor | None] = [None] * len(stacks)
         if bias:
-            joined = build.ops.join([build.source.vector(f"{name}.bias", (n_out,)) for name, n_out in parts])
-            self.biases = list(joined.split([weight.shape[0] for weight in self.weights]))
+            own = iter([build.source.vector(f"{name}.bias", (n_out,)) for name, n_out in parts])
+            each = [[next(own) for _ in range(n)] for _, n in stacks]
+            self.biases = [some[0] if len(some) == 1 else build.ops.join(some) for some in each]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, n_in) -> (T, sum of n_outs)."""
@@ -56,10 +58,11 @@ class MergedLinear:
         return outs[0] if len(outs) == 1 else self.ops.join(outs)
 
 
-def _stack(weights: list[PackedWeight]) -> list[PackedWeight]:
-    """The fewest weights that hold `weights` in order: the longest prefix that one format can hold, then the rest."""
+def _stack(weights: list[PackedWeight]) -> list[tuple[PackedWeight, int]]:
+    """The fewest weights that hold `weights` in order, and how many of them each holds: the longest prefix that one
+    format can hold, then the rest."""
     for n in range(len(weights), 1, -1):
         merged = weights[0].scheme.concat(weights[:n])
         if merged is not None:
-            return [merged, *_stack(weights[n:])]
-    return weights[:1] + _stack(weights[1:]) if weights else []
+            return [(merged, n), *_stack(weights[n:])]
+    return [(weights[0], 1), *_stack(weights[1:])] if weights else []

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from septet.geometry import BLOCKS
 from septet.quant.scheme import PackedWeight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from septet.kernels.ops import Ops
@@ -33,10 +32,13 @@ class GGUFBlocks:
         return f"gguf-{self.kind.lower()}"
 
     def pack(self, blocks: Tensor) -> PackedWeight:
-        """blocks (N, row_bytes) uint8 -> the same memory as a PackedWeight. ValueError if rows are no whole blocks."""
+        """blocks (N, row_bytes) uint8 -> the same memory as a PackedWeight. ValueError if rows are no whole blocks.
+
+        Where the ops read addresses, numpy arrays do as well as tensors.
+        """
         elements, size = BLOCKS[self.kind]
         n, row_bytes = blocks.shape
-        if blocks.dtype != torch.uint8 or row_bytes % size:
+        if str(blocks.dtype).removeprefix("torch.") != "uint8" or row_bytes % size:
             raise ValueError(
                 f"blocks: {self.kind} needs rows of a multiple of {size} uint8, found {row_bytes} {blocks.dtype}"
             )
@@ -46,7 +48,7 @@ class GGUFBlocks:
         """x (T, K) -> (T, N)."""
         return ops.block_linear(x, weight.tensors["blocks"], self.kind, bias)
 
-    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype, scale: float) -> Tensor:
+    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype | str, scale: float) -> Tensor:
         """ids (T,) int64 -> (T, K) in `dtype`: only these rows are decoded."""
         return ops.block_embed(ids, weight.tensors["blocks"], self.kind, dtype, scale)
 
@@ -58,4 +60,6 @@ class GGUFBlocks:
         """Stack by rows, a copy: rows are whole blocks. None where a block type or K differs."""
         if any(w.scheme != self or w.shape[1] != weights[0].shape[1] for w in weights):
             return None
+        import torch
+
         return self.pack(torch.cat([w.tensors["blocks"] for w in weights]))

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from septet.quant.scheme import PackedWeight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from septet.kernels.ops import Ops
@@ -37,7 +36,7 @@ class Dense:
         """x (T, K) -> (T, N)."""
         return ops.linear(x, weight.tensors["weight"], bias)
 
-    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype, scale: float) -> Tensor:
+    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype | str, scale: float) -> Tensor:
         """ids (T,) int64 -> (T, K) in `dtype`."""
         return ops.embed(ids, weight.tensors["weight"], scale).to(dtype)
 
@@ -49,4 +48,8 @@ class Dense:
         """Stack by rows, a copy. None where a scheme, a dtype or K differs."""
         tensors = [w.tensors["weight"] for w in weights if isinstance(w.scheme, Dense)]
         same = len(tensors) == len(weights) and len({(t.dtype, t.shape[1], t.device) for t in tensors}) == 1
-        return Dense.pack(torch.cat(tensors)) if same else None
+        if not same:
+            return None
+        import torch
+
+        return Dense.pack(torch.cat(tensors))

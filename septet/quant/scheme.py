@@ -30,7 +30,7 @@ class PackedWeight:
         """x (T, K) -> (T, N)."""
         return self.scheme.linear(ops, x, self, bias)
 
-    def embed(self, ops: Ops, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    def embed(self, ops: Ops, ids: Tensor, dtype: torch.dtype | str, scale: float = 1.0) -> Tensor:
         """ids (T,) -> (T, K): rows of the matrix."""
         return self.scheme.embed(ops, ids, self, dtype, scale)
 
@@ -40,7 +40,7 @@ class PackedWeight:
 
     @property
     def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
 
 class Scheme(Protocol):
@@ -51,7 +51,7 @@ class Scheme(Protocol):
 
     def linear(self, ops: Ops, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor: ...
 
-    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype, scale: float) -> Tensor: ...
+    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype | str, scale: float) -> Tensor: ...
 
     def dequantize(self, ops: Ops, weight: PackedWeight, dtype: torch.dtype) -> Tensor: ...
 

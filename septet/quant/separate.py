@@ -38,7 +38,7 @@ class Separate:
     def linear(self, ops: Ops, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         return self.scheme.linear(ops, x, weight, bias)
 
-    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype, scale: float) -> Tensor:
+    def embed(self, ops: Ops, ids: Tensor, weight: PackedWeight, dtype: torch.dtype | str, scale: float) -> Tensor:
         return self.scheme.embed(ops, ids, weight, dtype, scale)
 
     def dequantize(self, ops: Ops, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

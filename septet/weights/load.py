@@ -132,7 +132,7 @@ class GGUFSource:
         return self._floats(name, shape).to(self.dtype).to(self.device)
 
     def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return self._floats(name, shape).to(self.device) if self.has(name) else None
+        return self._floats(name, shape) if self.has(name) else None
 
     def has(self, name: str) -> bool:
         return name in self.inventory.known
@@ -223,7 +223,7 @@ class SafetensorsSource:
         return self._floats(name, shape).to(self.dtype).to(self.device)
 
     def optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return self._floats(name, shape).to(self.device) if self.has(name) else None
+        return self._floats(name, shape) if self.has(name) else None
 
     def has(self, name: str) -> bool:
         return name in self.inventory.known
