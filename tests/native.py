@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from septet.engine.forward import TapeForward
 from septet.kernels.native.library import FILE, NativeUnavailable, load
 
 if TYPE_CHECKING:
@@ -37,6 +38,6 @@ class TapeModel:
     tape: Tape
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        logits = self.tape.run(batch.ids, batch.layout, batch.logits_at)
+        logits = TapeForward(self.tape).run(batch, wanted=True)
         assert logits is not None
         return logits

@@ -5,6 +5,7 @@ The runner holds one `Forward`. Made by `engine/build.py`. Knows no plans, rows 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from septet.layers.batch import ForwardBatch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from septet.models.registry import Model
 
 __all__ = ["EagerForward", "Forward", "TapeForward", "record"]
+
+ARRAYS = ("positions", "slots", "rows", "q_start", "kv_len", "slot_of")  # of a `Layout`
 
 
 class Forward(Protocol):
@@ -58,19 +61,29 @@ class EagerForward:
 
 
 class TapeForward:
-    """The recorded model: one native call a step."""
+    """The recorded model, one native call a step, under torch's name: the same memory on both sides."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     def run(self, batch: ForwardBatch, wanted: bool) -> Tensor | None:
-        return self.tape.run(batch.ids, batch.layout, batch.logits_at if wanted else None)
+        layout = batch.layout
+        arrays = {name: getattr(layout, name).numpy() for name in ARRAYS}
+        at = batch.logits_at.numpy() if wanted else None
+        return _tensor(self.tape.run(batch.ids.numpy(), replace(layout, **arrays), at))
 
     def logits(self, at: Tensor) -> Tensor:
-        return self.tape.logits(at)
+        return _tensor(self.tape.logits(at.numpy()))
 
     def states(self) -> Tensor:
-        return self.tape.hidden()
+        return _tensor(self.tape.hidden())
+
+
+def _tensor(values: Any) -> Any:
+    """None stays None."""
+    import torch
+
+    return None if values is None else torch.from_numpy(values)
 
 
 def record(model: Model, ops: TapeOps, kv: Sequence[LayerKV]) -> Tape:

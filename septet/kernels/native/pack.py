@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from septet.errors import OutOfMemory, UnsupportedModel
 from septet.geometry import BLOCKS
+from septet.kernels.native.arrays import address, as_bytes, dtype_name
 from septet.kernels.native.library import PATHS, Library, Pool, choose_path
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 __all__ = ["KINDS", "PackedMatrix", "Packer"]
@@ -36,6 +38,9 @@ KINDS = {  # GGUF's numbers of its types (ggml.h)
     "IQ4_XS": 23,
     "BF16": 30,
 }
+
+
+DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class PackedMatrix:
@@ -95,25 +100,25 @@ class Packer:
         if not self._arena:
             raise OutOfMemory("no memory for packed weights")
 
-    def pack(self, blocks: Tensor, kind: str) -> PackedMatrix:
+    def pack(self, blocks: Tensor | np.ndarray, kind: str) -> PackedMatrix:
         """blocks (N, bytes of K weights) uint8 in GGUF type `kind` -> packed. Contiguous, CPU.
 
         UnsupportedModel for a type without native form, ValueError for bytes that are no rows of whole blocks,
         OutOfMemory.
         """
-        import torch
-
         if kind not in KINDS:
             raise UnsupportedModel(f"block type {kind} is not native; use one of {', '.join(KINDS)}")
         elements, size = BLOCKS[kind]
-        if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % size or not blocks.is_contiguous():
+        at, steps = address(blocks)
+        sound = blocks.ndim == 2 and dtype_name(blocks.dtype) == "uint8" and blocks.shape[1] % size == 0
+        if not sound or steps[1] != 1 or (blocks.shape[0] > 1 and steps[0] != blocks.shape[1]):
             found = f"{tuple(blocks.shape)} {blocks.dtype}"
             raise ValueError(f"blocks: {kind} needs contiguous (N, a multiple of {size}) uint8, found {found}")
         n, k = blocks.shape[0], blocks.shape[1] // size * elements
         error = ctypes.c_char_p()
         path = PATHS.index(self.path)
         handle = self._library.septet_pack(
-            self._arena, self._pool.handle, blocks.data_ptr(), n, k, KINDS[kind], path, ctypes.byref(error)
+            self._arena, self._pool.handle, at, n, k, KINDS[kind], path, ctypes.byref(error)
         )
         if handle:
             return PackedMatrix(self._library, handle, kind, (n, k))
@@ -122,14 +127,12 @@ class Packer:
             raise OutOfMemory(f"no memory to pack a weight of {n} x {k} in {kind}")
         raise ValueError(f"can't pack ({n}, {k}) in {kind}: {why}")
 
-    def pack_dense(self, weight: Tensor) -> PackedMatrix:
+    def pack_dense(self, weight: Tensor | np.ndarray) -> PackedMatrix:
         """weight (N, K) float32, bfloat16 or float16 -> packed in its own type."""
-        import torch
-
-        kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        if weight.dtype not in kinds or weight.dim() != 2:
+        kind = DENSE.get(dtype_name(weight.dtype))
+        if kind is None or weight.ndim != 2:
             raise ValueError(f"weight: needs (N, K) in a float type, found {tuple(weight.shape)} {weight.dtype}")
-        return self.pack(weight.contiguous().view(torch.uint8), kinds[weight.dtype])
+        return self.pack(as_bytes(weight), kind)
 
     def __del__(self) -> None:
         if getattr(self, "_arena", None):

@@ -2,7 +2,8 @@
 
 `TapeOps` is handed to the layers like any other ops; weights are packed as they are met. One call of the model's
 forward with `Sym`s in place of activations leaves a list of `Node`s, which `compile.py` turns into the native program.
-Real tensors (weights, biases, tables) pass through. Must not know layers or models, nor how the program is laid out.
+Weights, biases and tables are real: numpy's arrays, or tensors, which bring torch with them (`arrays.py`). Must not
+know layers or models, nor how the program is laid out.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from septet.errors import UnsupportedModel
+from septet.kernels.native.arrays import address, as_bytes, as_floats, round_to
 from septet.kernels.native.pack import KINDS, Packer
-from septet.kernels.reference import ReferenceOps
+from septet.kernels.ops import Ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +42,7 @@ class Sym:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Torch's methods: an op that has no node computes on what is not there yet."""
+        """An array's methods: an op that has no node computes on what is not there yet."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise _unrecorded(name)
@@ -52,6 +54,7 @@ class Sym:
     def __mul__(self, _other: Any) -> Any:
         raise _unrecorded("arithmetic")
 
+    __array_ufunc__ = None  # numpy leaves operators to this class
     __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __getitem__ = __mul__
 
 
@@ -75,8 +78,8 @@ class Recording:
     logits: Sym
 
 
-class TapeOps(ReferenceOps):
-    """Records ops on `Sym`s; what layers do with real tensors while they are built is done as by the reference."""
+class TapeOps(Ops):
+    """Records ops on `Sym`s."""
 
     name = "native"
     block_kinds = frozenset(KINDS)
@@ -88,7 +91,7 @@ class TapeOps(ReferenceOps):
         self.packer = Packer(library, pool, path)
         self.nodes: list[Node] = []
         self.layers: Sequence[LayerKV] = ()
-        self.packed: dict[tuple[int, torch.Size, str], tuple[Tensor, PackedMatrix]] = {}
+        self.packed: dict[tuple[int, tuple[int, ...], str], tuple[Tensor, PackedMatrix]] = {}
 
     # -- notes --------------------------------------------------------------------------------------------------------
     def note(self, op: str, inputs: Sequence[Sym], domain: str, *widths: int, **args: Any) -> Any:
@@ -102,15 +105,15 @@ class TapeOps(ReferenceOps):
 
         The tensor is held as long as these ops, so that no other one can come to lie at its address.
         """
-        key = (tensor.data_ptr(), tensor.shape, kind)
+        key = (address(tensor)[0], tuple(tensor.shape), kind)
         if key not in self.packed:
-            packed = self.packer.pack(tensor.contiguous(), kind) if kind else self.packer.pack_dense(tensor)
+            packed = self.packer.pack(as_bytes(tensor), kind) if kind else self.packer.pack_dense(tensor)
             self.packed[key] = (tensor, packed)
         return self.packed[key][1]
 
     def _product(self, x: Any, packed: PackedMatrix, bias: Tensor | None) -> Any:
         x = _known(x)
-        return self.note("linear", [x], x.domain, packed.shape[0], weight=packed, bias=_float(bias))
+        return self.note("linear", [x], x.domain, packed.shape[0], weight=packed, bias=as_floats(bias))
 
     def _lookup(self, ids: Any, packed: PackedMatrix, scale: float) -> Any:
         if not isinstance(ids, Sym) or ids.width:
@@ -125,18 +128,18 @@ class TapeOps(ReferenceOps):
         return self._product(x, self.weight(blocks, kind), bias)
 
     def embed(self, ids: Any, table: Tensor, scale: float = 1.0) -> Any:
-        return self._lookup(ids, self.weight(table, ""), torch.tensor(scale, dtype=table.dtype).item())
+        return self._lookup(ids, self.weight(table, ""), _rounded(scale, table.dtype))
 
     def block_embed(self, ids: Any, blocks: Tensor, kind: str, dtype: Any, scale: float = 1.0) -> Any:
-        return self._lookup(ids, self.weight(blocks, kind), torch.tensor(scale, dtype=dtype).item())
+        return self._lookup(ids, self.weight(blocks, kind), _rounded(scale, dtype))
 
     def rms_norm(self, x: Any, weight: Tensor, eps: float) -> Any:
         x = _known(x)
-        return self.note("norm", [x], x.domain, x.width, weight=_float(weight), eps=eps)
+        return self.note("norm", [x], x.domain, x.width, weight=as_floats(weight), eps=eps)
 
     def add_rms_norm(self, x: Any, residual: Any, weight: Tensor, eps: float) -> tuple[Any, Any]:
         x, residual = _known(x), _known(residual)
-        return self.note("add_norm", [x, residual], x.domain, x.width, x.width, weight=_float(weight), eps=eps)
+        return self.note("add_norm", [x, residual], x.domain, x.width, x.width, weight=as_floats(weight), eps=eps)
 
     def gated_act(self, gate_up: Any, kind: str) -> Any:
         gate_up = _known(gate_up)
@@ -150,8 +153,8 @@ class TapeOps(ReferenceOps):
         return self.note("take", [_known(x)], "picks", x.width)
 
     def join(self, parts: list[Any]) -> Any:
-        if not isinstance(parts[0], Sym):
-            return super().join(parts)
+        if not any(isinstance(part, Sym) for part in parts):  # biases
+            return np.concatenate([as_floats(part) for part in parts])
         parts = [_known(part) for part in parts]
         return self.note("join", parts, parts[0].domain, sum(part.width for part in parts))
 
@@ -169,7 +172,7 @@ class TapeOps(ReferenceOps):
         kv_heads, dim = kv.k.shape[1:]
         heads = _known(qkv).width // dim - 2 * kv_heads
         shape = {"layer": layer, "heads": heads, "kv_heads": kv_heads, "dim": dim, "eps": eps}
-        norms = {"cos_sin": _float(cos_sin), "q_norm": _float(q_norm), "k_norm": _float(k_norm)}
+        norms = {"cos_sin": as_floats(cos_sin), "q_norm": as_floats(q_norm), "k_norm": as_floats(k_norm)}
         return self.note("qkv", [qkv], "tokens", heads * dim, **shape, **norms)
 
     def attention(
@@ -190,6 +193,5 @@ def _known(value: Any) -> Sym:
     return value
 
 
-def _float(vector: Tensor | None) -> Tensor | None:
-    """As the native code reads it: float32, contiguous, in memory that stays."""
-    return None if vector is None else vector.detach().to("cpu", torch.float32).contiguous()
+def _rounded(scale: float, dtype: object) -> float:
+    return float(round_to(np.array([scale], dtype=np.float32), dtype)[0])

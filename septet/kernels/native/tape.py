@@ -10,16 +10,15 @@ import ctypes
 from ctypes import POINTER, Structure, addressof, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from septet.errors import InvalidRequest, OutOfMemory
+from septet.kernels.native.arrays import STORES, address, dtype_name
 from septet.kernels.native.compile import DOMAINS, Compiled, Phase, compile_recording
 from septet.kernels.native.library import PATHS, NativeUnavailable, signature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from septet.kernels.native.library import Library, Pool
     from septet.kernels.native.pack import PackedMatrix
@@ -32,7 +31,6 @@ ZONES = ("own", "shared", "result")
 ROW_OPS = ("embed", "norm", "add_norm", "gated", "cap", "take", "copy", "merge")
 WORKS = ("none", "products", "gated", "attention")
 ACTIVATIONS = ("silu", "gelu_tanh")
-STORES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN, LOGITS = 1, 2
 
 
@@ -92,11 +90,11 @@ class Tape:
         self._labels = [*(_label(phase) for phase in compiled.phases), "sampling"]
         self._step = _Step()
 
-    def run(self, ids: Tensor, layout: Layout, logits_at: Tensor | None) -> Tensor | None:
+    def run(self, ids: np.ndarray, layout: Layout, logits_at: np.ndarray | None) -> np.ndarray | None:
         """Compute the step and write its keys and values -> (S, V) float32 logits of `logits_at`, None without it.
 
-        ids (T,) int64 and the layout as `Ops` defines it, all on the CPU. InvalidRequest for a token id that the model
-        does not have, OutOfMemory.
+        ids (T,) int64 and the layout as `Ops` defines it, all numpy arrays. InvalidRequest for a token id that the
+        model does not have, OutOfMemory.
         """
         step = self._step
         held = self._lay_out(ids, layout)
@@ -106,18 +104,18 @@ class Tape:
         del held
         return out
 
-    def logits(self, logits_at: Tensor) -> Tensor:
+    def logits(self, logits_at: np.ndarray) -> np.ndarray:
         """(S, V) logits at other tokens of the last run's."""
         out = self._picks(logits_at)
         self._check(self._library.septet_tape_run(self._handle, addressof(self._step), LOGITS))
         assert out is not None
         return out
 
-    def hidden(self) -> Tensor:
+    def hidden(self) -> np.ndarray:
         """(T, D) final hidden states of the last run, normed; the memory is overwritten by the next."""
         n = self._step.tokens * self._hidden_stride  # type: ignore[attr-defined]
         values = (c_float * n).from_address(self._library.septet_tape_hidden(self._handle))
-        return torch.frombuffer(values, dtype=torch.float32).view(-1, self._hidden_stride)[:, : self.hidden_width]
+        return np.frombuffer(values, dtype=np.float32).reshape(-1, self._hidden_stride)[:, : self.hidden_width]
 
     def decode(self, rows: Structure) -> None:
         """A step in which each of `rows.n` rows computes one token and, where `rows.sampled` is set, draws the next.
@@ -138,27 +136,28 @@ class Tape:
             sums[label] = (before[0] + one, before[1] + two)
         return sums
 
-    def _lay_out(self, ids: Tensor, layout: Layout) -> list[Tensor]:
+    def _lay_out(self, ids: np.ndarray, layout: Any) -> list[np.ndarray]:
         step = self._step
-        held = [ids, layout.positions, layout.slots, layout.rows]
-        held = [t.to(torch.int64).contiguous() for t in held]
-        held += [t.to(torch.int32).contiguous() for t in (layout.q_start, layout.kv_len, layout.slot_of)]
+        wide = [ids, layout.positions, layout.slots, layout.rows]
+        held = [np.ascontiguousarray(values, dtype=np.int64) for values in wide]
+        narrow = (layout.q_start, layout.kv_len, layout.slot_of)
+        held += [np.ascontiguousarray(values, dtype=np.int32) for values in narrow]
         names = ("ids", "positions", "slots", "row", "q_start", "kv_len", "slot_of")
-        for name, tensor in zip(names, held, strict=True):
-            setattr(step, name, tensor.data_ptr())
+        for name, values in zip(names, held, strict=True):
+            setattr(step, name, values.ctypes.data)
         step.tokens, step.rows = ids.shape[0], layout.rows.shape[0]
         step.slot_stride = layout.slot_of.shape[1]
         self._held = held  # `logits` reads the rows again
         return held
 
-    def _picks(self, logits_at: Tensor | None) -> Tensor | None:
+    def _picks(self, logits_at: np.ndarray | None) -> np.ndarray | None:
         step = self._step
         if logits_at is None:
             step.picks, step.logits_at, step.result = 0, None, None
             return None
-        self._at = logits_at.to(torch.int64).contiguous()
-        out = torch.empty(self._at.shape[0], self.vocab)
-        step.picks, step.logits_at, step.result = self._at.shape[0], self._at.data_ptr(), out.data_ptr()
+        self._at = np.ascontiguousarray(logits_at, dtype=np.int64)
+        out = np.empty((self._at.shape[0], self.vocab), dtype=np.float32)
+        step.picks, step.logits_at, step.result = self._at.shape[0], self._at.ctypes.data, out.ctypes.data
         return out
 
     def _check(self, status: int) -> None:
@@ -233,7 +232,7 @@ class _Writer:
             quant_width=max(inputs, default=32),
             result_width=result,
             hidden=self.numbers[compiled.hidden],
-            store=STORES.index(kv[0].k.dtype),
+            store=list(STORES).index(_stored(kv[0].k)),
             path=PATHS.index(path),
         )
 
@@ -242,11 +241,11 @@ class _Writer:
         self.keep.append(made)
         return made if items else (kind * 0).from_buffer(made)
 
-    def address(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
+    def address(self, values: np.ndarray | None) -> int | None:
+        if values is None:
             return None
-        self.keep.append(tensor)
-        return tensor.data_ptr()
+        self.keep.append(values)
+        return values.ctypes.data
 
     def handle(self, weight: PackedMatrix) -> int:
         self.keep.append(weight)
@@ -322,13 +321,13 @@ class _Writer:
 
 
 def _layer(kv: LayerKV) -> Structure:
-    if kv.k.stride(2) != 1 or kv.v.stride(2) != 1:
+    (k, k_steps), (v, v_steps) = address(kv.k), address(kv.v)
+    if k_steps[2] != 1 or v_steps[2] != 1:
         raise ValueError("kv: the elements of a head must be adjacent")
-    return _LayerPool(
-        k=kv.k.data_ptr(),
-        v=kv.v.data_ptr(),
-        k_slot=kv.k.stride(0),
-        v_slot=kv.v.stride(0),
-        k_head=kv.k.stride(1),
-        v_head=kv.v.stride(1),
-    )
+    return _LayerPool(k=k, v=v, k_slot=k_steps[0], v_slot=v_steps[0], k_head=k_steps[1], v_head=v_steps[1])
+
+
+def _stored(pool: Any) -> str:
+    """A key of STORES."""
+    name = dtype_name(pool.dtype)
+    return name if name in STORES else next(key for key, kind in STORES.items() if pool.dtype == kind)
