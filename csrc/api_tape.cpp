@@ -39,6 +39,14 @@ SEPTET_API int septet_tape_decode(void* tape, const Decode* rows) {
   }
 }
 
+SEPTET_API int septet_tape_draw_again(void* tape, const Decode* rows) {
+  try {
+    return static_cast<Tape*>(tape)->draw_again(*rows), 0;
+  } catch (...) {
+    return -1;
+  }
+}
+
 // The final hidden states (T, width) of the last run, one after the other; until the next.
 SEPTET_API const float* septet_tape_hidden(void* tape) { return static_cast<const Tape*>(tape)->hidden_states(); }
 

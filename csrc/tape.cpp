@@ -132,15 +132,30 @@ int Tape::decode(const Decode& rows) {
 
 void Tape::choose_tokens(const Decode& rows, int thread) {
   const Range mine = share(rows.n, thread, pool_.active());
-  for (int64_t i = mine.first; i < mine.last; i++) {
-    const int64_t r = rows.row[i], next = rows.start[i] + 1;
-    float* logits = rows.logits + i * result_width_;
-    if (rows.line && rows.line[i] >= 0) forbid(logits, result_width_, rows.words + rows.line[i] * rows.words_stride);
-    const Sampling how{rows.temperature[r], rows.top_k[r], rows.top_p[r], rows.min_p[r], rows.seed[r], next};
-    const int64_t token = choose(*kernels_, logits, result_width_, how, choosing_[thread]);
-    rows.sampled[i] = token;
-    rows.tokens[r * rows.stride + next] = static_cast<int32_t>(std::max<int64_t>(token, 0));
-  }
+  for (int64_t i = mine.first; i < mine.last; i++) choose_token(rows, i, thread);
+}
+
+void Tape::choose_token(const Decode& rows, int64_t i, int thread) {
+  const int64_t r = rows.row[i], next = rows.start[i] + 1;
+  float* logits = rows.logits + i * result_width_;
+  if (rows.line && rows.line[i] >= 0) forbid(logits, result_width_, rows.words + rows.line[i] * rows.words_stride);
+  const Sampling how{rows.temperature[r], rows.top_k[r], rows.top_p[r], rows.min_p[r], rows.seed[r], next};
+  const int64_t token = choose(*kernels_, logits, result_width_, how, choosing_[thread]);
+  rows.sampled[i] = token;
+  rows.tokens[r * rows.stride + next] = static_cast<int32_t>(std::max<int64_t>(token, 0));
+}
+
+void Tape::draw_again(const Decode& rows) {
+  std::vector<int64_t> masked;
+  for (int64_t i = 0; i < rows.n; i++)
+    if (rows.line[i] >= 0) masked.push_back(i);
+  const int64_t n = static_cast<int64_t>(masked.size());
+  const auto draw = [&](int thread, int threads) {
+    const Range mine = share(n, thread, threads);
+    for (int64_t k = mine.first; k < mine.last; k++) choose_token(rows, masked[static_cast<size_t>(k)], thread);
+  };
+  if (n <= ALONE) return draw(0, 1);
+  pool_.parallel([&](int thread) { draw(thread, pool_.active()); });
 }
 
 const float* Tape::hidden_states() const { return row_of(hidden_, 0, 0); }

@@ -148,6 +148,9 @@ class Tape {
   int run(const Step& step, int parts);
 
   int decode(const Decode& rows);  // status as run
+  // After a `decode` of the same rows, whose logits are there: the tokens of those that have a mask once more, under it.
+  // Forbidden logits become -inf, so once for each row.
+  void draw_again(const Decode& rows);
 
   const float* hidden_states() const;  // (T, width) of the last run, until the next
 
@@ -180,6 +183,7 @@ class Tape {
 
   int start(const Step& step, int parts);
   void choose_tokens(const Decode& rows, int thread);
+  void choose_token(const Decode& rows, int64_t i, int thread);
   bool prepare(const Step& step);
   void plan_rows(const Step& step, Plan& plan) const;
   int64_t scratch_bytes() const;
@@ -202,6 +206,7 @@ class Tape {
   bool few(Domain domain) const { return rows_in(domain) <= FEW; }
 
   static constexpr int64_t FEW = 4;
+  static constexpr int64_t ALONE = 2;  // rows that one thread draws while it would wake another
 
   Pool& pool_;
   const StepKernels* kernels_;

@@ -125,6 +125,10 @@ class Tape:
         self._step.tokens = rows.n  # type: ignore[attr-defined]
         self._check(self._library.septet_tape_decode(self._handle, addressof(rows)))
 
+    def draw_again(self, rows: Structure) -> None:
+        """The tokens of the `decode` before this once more, of those rows that have a mask, under it."""
+        self._check(self._library.septet_tape_draw_again(self._handle, addressof(rows)))
+
     def times(self) -> dict[str, tuple[float, float]]:
         """Where the first thread's time went since the call before this: kind of phase -> seconds (working, waiting for
         the other threads). The first call only starts the clock."""
@@ -192,6 +196,7 @@ def _declare(library: Library) -> None:
     signature(library, "septet_tape_release", None, [c_void_p])
     signature(library, "septet_tape_times", None, [c_void_p, POINTER(c_double), POINTER(c_double)])
     signature(library, "septet_tape_decode", c_int, [c_void_p, c_void_p])
+    signature(library, "septet_tape_draw_again", c_int, [c_void_p, c_void_p])
     signature(library, "septet_tape_run", c_int, [c_void_p, c_void_p, c_int])
     signature(library, "septet_tape_hidden", c_void_p, [c_void_p])
     sizes = (c_int64 * len(_STRUCTURES))()
