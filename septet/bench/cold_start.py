@@ -22,8 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from septet.bench.cpu_host import commit, libraries, machine
-from septet.bench.gpu_limits import gpu
+from septet.bench.host import head, run_job, write_results
 from septet.bench.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def start(model: Path, cache: Path, options: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "septet.bench.cold_start", "--child", str(model), "--options", json.dumps(options)]
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "SEPTET_LOG_LEVEL": "DEBUG"}
     began = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=TIMEOUT_S)
+    done = run_job(command, TIMEOUT_S, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"the start failed: {done.stderr[-2000:]}")
     told = json.loads(done.stdout.splitlines()[-1])
@@ -203,10 +202,7 @@ def main() -> None:
                 print(json.dumps({name: value for name, value in figures.items() if name != "events"}))
                 print("\n".join(figures["events"]), flush=True)
     if args.json:
-        about = {"benchmark": "cold_start", "shape": args.shape, "commit": os.environ.get("SEPTET_COMMIT") or commit()}
-        beside = {"machine": {**machine(), **gpu()}, "libraries": libraries()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**about, **beside, "starts": starts}, indent=1))
+        write_results(args.json, {**head("cold_start"), "shape": args.shape}, starts=starts)
 
 
 if __name__ == "__main__":

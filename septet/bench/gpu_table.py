@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from septet.bench.host import run_job
+
 __all__ = ["Job", "jobs", "main", "table"]
 
 GOALS = {  # ratio to vLLM, by shape
@@ -68,16 +70,9 @@ def run(job: Job, out: Path, seconds: float, vllm_path: str) -> str:
         env |= {"PYTHONPATH": os.pathsep.join([vllm_path, root]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     with (out / f"{job.file.removesuffix('.json')}.log").open("w") as log:
-        process = subprocess.Popen(job.command(out), stdout=log, stderr=log, env=env, start_new_session=True)
         try:
-            code = process.wait(seconds)
+            code = run_job(job.command(out), seconds, stdout=log, stderr=log, env=env).returncode
         except subprocess.TimeoutExpired:
-            process.terminate()  # an engine leaves with its client
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             return f"cut after {seconds:.0f} s"
     return "" if code == 0 else f"exit code {code}"
 

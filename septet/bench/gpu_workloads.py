@@ -15,18 +15,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from septet.bench.cpu_host import commit, libraries, machine
-from septet.bench.gpu_limits import CARDS, decode_bytes, gpu, limits
+from septet.bench.gpu_limits import CARDS, decode_bytes, limits
+from septet.bench.host import head
 from septet.bench.shapes import SHAPES, write_shape
 from septet.hub.model_config import read_model_config
 
@@ -176,18 +173,10 @@ TARGETS: dict[str, Callable[[Path, dict[str, Any]], Target]] = {"septet": Septet
 
 def about(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """What stands beside the figures in the JSON."""
-    card = gpu()
-    found: dict[str, Any] = {
-        "benchmark": "gpu_workloads",
-        "target": args.target,
-        "shape": args.shape,
-        "options": args.options,
-        "command": " ".join(["python", "-m", "septet.bench.gpu_workloads", *sys.argv[1:]]),
-        "commit": os.environ.get("SEPTET_COMMIT") or commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine(), **card},
-        "libraries": {**libraries(), "vllm": _version("vllm")},
-    }
+    found = head("gpu_workloads")
+    found |= {"target": args.target, "shape": args.shape, "options": args.options}
+    found["libraries"]["vllm"] = _version("vllm")
+    card = found["machine"]
     known = next((value for name, value in CARDS.items() if name in card.get("gpu", "")), None)
     config = read_model_config(directory)
     steps = {f"b{rows}": decode_bytes(config, rows, 256) for rows in (1, 32, 64, 128, 256)}
