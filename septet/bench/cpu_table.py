@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from septet.bench.cpu_host import bytes_per_token, commit, machine
+from septet.bench.cpu_host import bytes_per_token
+from septet.bench.host import Neighbours, head, run_job, write_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,43 +77,19 @@ class Peers:
 
 def run_json(command: list[str]) -> dict[str, float]:
     """The last line of a command's output, as JSON."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    done = run_job(command, 900, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-400:]}")
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
 
-class Neighbours:
-    """What other programs take of the machine's CPUs while a block runs our processes one after the other (Linux)."""
-
-    def __enter__(self) -> Neighbours:
-        self.began, self.all, self.ours = time.perf_counter(), _busy_s(), _children_s()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wall = (time.perf_counter() - self.began) * (os.cpu_count() or 1)
-        self.share = max(0.0, (_busy_s() - self.all) - (_children_s() - self.ours)) / wall
-
-
-def _busy_s() -> float:
-    """CPU seconds that all processes together have had since boot; 0 where that is not told."""
-    try:
-        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
-    except (OSError, ValueError):
-        return 0.0
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def _children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def seconds_of(command: list[str]) -> float:
     began = time.perf_counter()
-    subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=300)
-    return time.perf_counter() - began
+    done = run_job(command, 300, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seconds = time.perf_counter() - began
+    done.check_returncode()
+    return seconds
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -168,9 +142,9 @@ def one_side(entry: Entry, side: str, path: Path, peers: Peers, folder: Path) ->
     from septet.bench.cpu_probe import bandwidth_gb_s
 
     entry.probe_gb_s.append(round(bandwidth_gb_s(256 << 20, 3), 2))
-    with Neighbours() as neighbours:
-        figures = figures_of(side, path, peers, folder)
-    entry.others.append(round(neighbours.share, 3))
+    neighbours = Neighbours()
+    figures = figures_of(side, path, peers, folder)
+    entry.others.append(round(neighbours.share(), 3))
     entry.note(side, figures)
 
 
@@ -231,12 +205,6 @@ def read(path: Path | None) -> tuple[dict[str, Entry], list[dict[str, Any]]]:
     return {label: Entry(**values) for label, values in document["files"].items()}, document["runs"]
 
 
-def write(path: Path, entries: dict[str, Entry], runs: list[dict[str, Any]]) -> None:
-    document = {"machine": machine(), "runs": runs, "files": {label: asdict(e) for label, e in entries.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="Python of an environment with llama-cpp-python")
@@ -250,12 +218,12 @@ def main() -> None:
     args = parser.parse_args()
     peers = Peers(args.peer_python, args.vllm_python)
     entries, runs = read(args.json if args.add else None)
-    command = " ".join(["python -m septet.bench.cpu_table", *sys.argv[1:]])
-    runs.append({"command": command, "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
+    about = head("cpu_table")
+    runs.append({name: about[name] for name in ("command", "commit", "date")})
     for done in measure(entries, args, peers):
         print(done, file=sys.stderr, flush=True)
         if args.json:
-            write(args.json, entries, runs)
+            write_results(args.json, about, runs=runs, files={label: asdict(e) for label, e in entries.items()})
     print(table(entries))
 
 

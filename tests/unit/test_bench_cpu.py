@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from septet.bench import cpu_table
-from septet.bench.cpu_table import Entry, Neighbours, read, table
+from septet.bench.cpu_table import Entry, read, table
 from septet.bench.http_load import Side, ask_server, line, row_of, through_server
 from septet.bench.perplexity import cut, perplexity
 
@@ -65,17 +64,6 @@ def test_load_clients_read_whole_streams_and_count_their_tokens() -> None:
     finally:
         server.terminate()
         server.wait(20)
-
-
-def test_neighbours_are_those_who_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four seconds of two CPUs, busy for six CPU seconds, two of them our children's."""
-    for name, values in (("_busy_s", (10.0, 16.0)), ("_children_s", (1.0, 3.0))):
-        monkeypatch.setattr(cpu_table, name, iter(values).__next__)
-    monkeypatch.setattr(cpu_table.time, "perf_counter", iter((0.0, 4.0)).__next__)
-    monkeypatch.setattr(cpu_table.os, "cpu_count", lambda: 2)
-    with Neighbours() as neighbours:
-        pass
-    assert neighbours.share == pytest.approx(0.5)
 
 
 class Letters:
