@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from septet.bench.host import head, write_results
+
 if TYPE_CHECKING:
     from septet.engine.process import Engine
 
@@ -80,7 +82,7 @@ class Clock:
     """The time of the tape's phases from here on, prompts and all."""
 
     def __init__(self, engine: Engine) -> None:
-        self.tape = engine.executor.runner.forward.tape  # type: ignore[attr-defined]
+        self.tape = engine.executor.tape  # type: ignore[attr-defined]
         self.tape.times()
         self.began = time.perf_counter()
 
@@ -129,7 +131,7 @@ def main() -> None:
     if args.json == "-":
         print(json.dumps(figures))
     elif args.json:
-        Path(args.json).write_text(json.dumps(figures))
+        write_results(Path(args.json), head("cpu_workloads"), figures=figures)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import time
 from collections import deque
@@ -18,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from septet.bench.host import head, write_results
 from septet.engine.echo import EchoExecutor
 from septet.engine.scheduler import Scheduler, SchedulerLimits
 from septet.kv.cache import KVCache
@@ -99,9 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{rows:5d} {figure.plan_us:9.1f} {figure.commit_us:10.1f} {figure.step_us:9.1f} {figure.step_p99_us:9.1f}"
         )
     if args.json:
-        machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"benchmark": "engine_steps", **machine, "figures": figures}, indent=2) + "\n")
+        write_results(args.json, {**head("engine_steps"), "depth": args.depth}, figures=figures)
 
 
 if __name__ == "__main__":

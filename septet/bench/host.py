@@ -27,7 +27,18 @@ from septet.bench.gpu_limits import gpu
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Neighbours", "cpu_seconds", "guard", "head", "run_job", "served", "stop", "tell", "write_results"]
+__all__ = [
+    "Neighbours",
+    "cpu_seconds",
+    "dismiss",
+    "guard",
+    "head",
+    "run_job",
+    "served",
+    "stop",
+    "tell",
+    "write_results",
+]
 
 GUARD = 'read word && exit 0; kill -s TERM -- "-$1"; sleep 10; kill -s KILL -- "-$1"'
 BUSY = (0, 1, 2, 5, 6)  # columns of /proc/stat: user, nice, system, hard and soft interrupts
@@ -110,9 +121,10 @@ def tell(pid: int, number: int) -> bool:
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float = 15.0) -> None:
-    """Asks the leader's whole group, waits for the leader, ends what is left of the group."""
+    """Asks the leader, whose part it is to end the others; after its end, or in `grace_s`, ends what is left of the
+    group."""
     if process.poll() is None:
-        tell(process.pid, signal.SIGTERM)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace_s)
     tell(process.pid, signal.SIGKILL)
@@ -131,20 +143,21 @@ def run_job(command: Sequence[str], timeout_s: float, **more: Any) -> subprocess
         out, err = process.communicate(text, timeout=timeout_s)
     finally:
         stop(process)
-        _dismiss(beside)
+        dismiss(beside)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _dismiss(beside: subprocess.Popen[bytes] | None) -> None:
+def dismiss(beside: subprocess.Popen[bytes] | None) -> None:
+    """The guarded have ended: so may the guard."""
     if beside is not None:
         beside.communicate(b"done\n")
 
 
 @contextlib.contextmanager
 def served(model: str, flags: Sequence[str], grace_s: float = 60.0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`septet serve MODEL` on a free loopback port -> (its address, its process). What it says once it serves is said
-    here too, so its pipe never fills. An end by itself, or by another code than 0 when asked to end, is an error."""
-    command = [sys.executable, "-m", "septet.cli.main", "serve", model, "--port", "0", "--access-log", "off", *flags]
+    """`septet serve MODEL` on a free loopback port -> (its address, its process). What it says while it serves is said
+    here too, but for a line each request; so its pipe never fills. Its own exit code is left to the caller."""
+    command = [sys.executable, "-m", "septet.cli.main", "serve", model, "--port", "0", *flags]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
@@ -153,9 +166,7 @@ def served(model: str, flags: Sequence[str], grace_s: float = 60.0) -> Iterator[
         yield _address(process), process
     finally:
         stop(process, grace_s)
-        _dismiss(beside)
-    if process.returncode:
-        raise RuntimeError(f"the server ended with {process.returncode}")
+        dismiss(beside)
 
 
 def _address(process: subprocess.Popen[str]) -> str:
@@ -164,6 +175,7 @@ def _address(process: subprocess.Popen[str]) -> str:
     for line in process.stderr:
         said.append(line)
         if found := re.search(r"at (http://\S+)/v1", line):
-            threading.Thread(target=sys.stderr.writelines, args=(process.stderr,), daemon=True).start()
+            later = (line for line in process.stderr if " access id=" not in line)
+            threading.Thread(target=sys.stderr.writelines, args=(later,), daemon=True).start()
             return found[1]
     raise RuntimeError(f"the server ended: {''.join(said)[-800:]}")

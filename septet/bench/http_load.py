@@ -15,18 +15,15 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import statistics
-import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from septet.bench.cpu_host import commit, machine
+from septet.bench.host import cpu_seconds, head, served, write_results
 from septet.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-START_S, REQUEST_S, MAX_LINE = 600, 300, 1 << 20
+REQUEST_S, MAX_LINE = 300, 1 << 20
 
 
 @dataclass
@@ -58,35 +55,10 @@ def messages(number: int, turn: int) -> list[dict[str, str]]:
 
 # -- the server's side ------------------------------------------------------------------------------------------------
 @asynccontextmanager
-async def served(model: str, options: dict[str, Any]) -> AsyncIterator[tuple[str, int]]:
+async def serving(model: str, flags: list[str]) -> AsyncIterator[tuple[str, int]]:
     """A `septet serve` process -> (its address, its pid)."""
-    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "septet.cli.main", "serve", model, "--port", "0", *flags]
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    assert process.stderr is not None
-    said, url = "", None
-    try:
-        async with asyncio.timeout(START_S):
-            while url is None:
-                line = (await process.stderr.readline()).decode()
-                if not line:
-                    raise RuntimeError(f"the server ended: {said[-800:]}")
-                said += line
-                url = re.search(r"at (http://\S+)/v1", line)
-        told = asyncio.create_task(_pass_on(process.stderr))
-        yield url[1], process.pid
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
-    await told
-
-
-async def _pass_on(stream: asyncio.StreamReader) -> None:
-    """What the server says while it serves is ours to say, but for a line each request; its pipe never fills."""
-    while said := (await stream.readline()).decode(errors="replace"):
-        if " access id=" not in said:
-            sys.stderr.write(said)
+    with served(model, flags) as (url, process):
+        yield url, process.pid
 
 
 async def ask_server(url: str, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[float, int]:
@@ -151,18 +123,13 @@ def _rate(clients: int, tokens: int, made: int, seconds: float) -> float:
     return made / seconds
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 # -- both -------------------------------------------------------------------------------------------------------------
 async def run(model: str, counts: list[int], tokens: int, rounds: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     from septet.session.llm import AsyncLLM
 
     rows, turn = [], 0
-    async with served(model, options) as (url, pid), AsyncLLM(model, **options) as llm:
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    async with serving(model, flags) as (url, pid), AsyncLLM(model, **options) as llm:
         await through_server(url, 1, 8, 999_000)
         await through_session(llm, 1, 8, 999_000)
         for clients in counts:
@@ -213,15 +180,7 @@ def main() -> None:
     options = {"kernels": args.kernels, "max_num_seqs": max(counts), "max_model_len": 1024}
     rows = asyncio.run(run(args.model, counts, args.tokens, args.rounds, options))
     if args.json:
-        document = {
-            "command": " ".join(["python -m septet.bench.http_load", *sys.argv[1:]]),
-            "commit": commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(args.json, head("http_load"), rows=rows)
 
 
 if __name__ == "__main__":

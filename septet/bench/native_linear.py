@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from septet.bench.host import head, write_results
 from septet.geometry import BLOCKS
 from septet.kernels.native.library import Library, Pool, choose_path, load
 from septet.kernels.native.pack import KINDS, PackedMatrix, Packer
@@ -157,8 +156,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"  {figure.gop_s:7.0f} GOP/s"
             )
     if options.json:
-        result = {"machine": platform.processor(), "figures": [asdict(f) for f in figures]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(options.json, head("native_linear"), figures=[asdict(f) for f in figures])
     return 0
 
 

@@ -1,6 +1,7 @@
 """Perplexity of a text through the engine, and through llama.cpp on the same file and the same token ids.
 
-    python -m septet.bench.perplexity MODEL TEXT [--kernels native] [--window 512] [--peer-python PEER/bin/python]
+    python -m septet.bench.perplexity MODEL TEXT [--kernels native] [--window 512]
+        [--peer-python PEER/bin/python] [--json PATH]
 
 The text is cut into windows, each begins with the model's bos token if it has one, and every token after the first one
 or two counts: exp of the mean negative log-probability. Called by hand, by the tests, and by the script that records
@@ -18,6 +19,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from septet.bench.host import head, run_job, write_results
 from septet.request import SamplingParams
 from septet.session.events import PromptLogprobs
 
@@ -81,7 +83,7 @@ def perplexity(values: Sequence[Sequence[float]]) -> float:
 def of_llama_cpp(peer_python: str, model: str, windows: list[list[int]]) -> float:
     """llama.cpp's perplexity on the same windows, in its own environment."""
     command = [peer_python, str(PEER), model]
-    done = subprocess.run(command, input=json.dumps(windows), capture_output=True, text=True, check=False, timeout=900)
+    done = run_job(command, 900, input=json.dumps(windows), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
     return perplexity(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -94,15 +96,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--kernels", default="native")
     parser.add_argument("--peer-python", help="Python of an environment with llama-cpp-python")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     from septet.hub.pull import resolve
 
     path = str(resolve(args.model).path)
     ours, windows = of_engine(path, args.text.read_text(encoding="utf-8"), args.window, kernels=args.kernels)
     print(f"septet ({args.kernels}): {ours:.4f} over {sum(map(len, windows))} tokens in {len(windows)} windows")
+    found = {"kernels": args.kernels, "tokens": sum(map(len, windows)), "windows": len(windows), "septet": ours}
     if args.peer_python:
         theirs = of_llama_cpp(args.peer_python, path, windows)
         print(f"llama.cpp: {theirs:.4f}, Septet differs by {ours / theirs - 1:+.3%}")
+        found["llama_cpp"] = theirs
+    if args.json:
+        write_results(args.json, head("perplexity"), **found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from septet.advisor.hardware import hardware, model_shape
 from septet.advisor.parallel import simulate_apart
 from septet.advisor.simulate import Fleet, Outcome, Served, simulate
 from septet.advisor.summary import summarise
-from septet.bench.cpu_host import commit, machine
+from septet.bench.cpu_host import machine
+from septet.bench.host import Neighbours, head
 from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
@@ -114,32 +114,6 @@ async def calibrate(driver: Driver, name: str) -> tuple[Calibration, list[dict[s
             f"fitted {1e3 * made.step_s(work):7.2f}"
         )
     return made, shown
-
-
-def cpu_s(pid: int | None = None) -> float:
-    """CPU seconds so far: of all programs, or of one process and its threads."""
-    if pid is None:
-        used = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        ticks = sum(int(used[i]) for i in (1, 2, 3, 6, 7))  # user, nice, system, interrupts
-    else:
-        own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks = int(own[11]) + int(own[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-class Neighbours:
-    """CPU time that other programs took since this was made: a machine that is not quiet measures them as well."""
-
-    def __init__(self, engine: int) -> None:
-        self.engine = engine
-        self.began, self.at = time.perf_counter(), self._others()
-
-    def _others(self) -> float:
-        return cpu_s() - cpu_s(self.engine) - time.process_time()
-
-    def share(self) -> float:
-        """Of all CPUs."""
-        return (self._others() - self.at) / (time.perf_counter() - self.began) / (os.cpu_count() or 1)
 
 
 def fleet(c: Calibration) -> Fleet:
@@ -263,10 +237,10 @@ def speed(requests: int) -> dict[str, object]:
         longest = max(a.prompt + a.output for a in trace)
         slots = fitting(model, max_num_seqs=256, max_model_len=longest, max_num_batched_tokens=8192)
         many = Fleet(step_model=model, kv_slots=slots, max_model_len=longest + 1, replicas=cores, router="round-robin")
-        began, busy = time.perf_counter(), cpu_s()
+        began, neighbours = time.perf_counter(), Neighbours()
         outcome = simulate_apart(many, trace, cores)
         seconds = time.perf_counter() - began
-        others = max(0.0, (cpu_s() - busy) / seconds - cores) / usable_cpus()
+        others = neighbours.share()
         rows = sum(a.output for a in trace)
         million = 1e6 / len(trace) * seconds / 60
         found[f"{cores} cores"] = {"requests": len(trace), "row_steps": rows, "steps": outcome.steps,
@@ -275,7 +249,7 @@ def speed(requests: int) -> dict[str, object]:
         print(
             f"  {cores} cores: {len(trace):,} requests, {rows:,} row-steps in {seconds:.1f} s: "
             f"{len(trace) / seconds:,.0f} requests/s, {rows / seconds:,.0f} row-steps/s, a million in {million:.1f} "
-            f"min; other programs took {others:.0%} of the CPUs at least"
+            f"min; other programs took {others:.0%} of the CPUs"
         )
     return found
 
@@ -296,8 +270,7 @@ def main() -> None:
     name = "speed" if args.speed else "scheduling" if args.model.startswith("echo:") else "validation"
     measured = speed(args.requests) if args.speed else asyncio.run(validate(args))
     found = json.loads(args.json.read_text()) if args.json.exists() else {"benchmark": "simulated"}
-    command = f"python -m septet.bench.simulated {' '.join(sys.argv[1:])}".strip()
-    found[name] = {"command": command, "commit": commit(), "machine": machine(), **measured}
+    found[name] = {**head("simulated"), **measured}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
 

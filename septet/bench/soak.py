@@ -2,8 +2,8 @@
 
 `python -m septet.bench.soak [--streams 256 --seconds 120 --model smollm2 --json FILE]` starts `septet serve MODEL` on a
 free loopback port, holds so many streams open until the time is over, and mixes in clients that leave, long prompts,
-bad requests and schemas. It exits with 1 if a promise is broken, and prints the figures either way. No library beyond
-the standard one: what is measured is the server, so the client must be cheap.
+bad requests and schemas. It exits with 1 if a promise is broken, and prints the figures either way. Its client is bare
+sockets: what is measured is the server, so the client must be cheap.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from septet.advisor.summary import percentile
+from septet.bench.host import cpu_seconds, head, served, write_results
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["main"]
 
@@ -194,23 +199,6 @@ class Soak:
         raise ValueError("a stream ended without [DONE]")
 
 
-def start(model: str, flags: list[str]) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "septet.cli.main", "serve", model, "--port", "0", "--access-log", "off", *flags]
-    popen = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert popen.stderr is not None
-    for line in popen.stderr:
-        if found := re.search(r"at (http://[^ ]+)/v1 ", line):
-            threading.Thread(target=lambda: [None for _ in popen.stderr or ()], daemon=True).start()
-            return popen, found[1]
-    raise SystemExit(f"the server ended with {popen.wait()}")
-
-
-def processor_seconds(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def metric(root: str, name: str) -> float:
     import urllib.request
 
@@ -219,17 +207,13 @@ def metric(root: str, name: str) -> float:
     return float(found[1]) if found else float("nan")
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
-
-
 async def soak(root: str, popen: subprocess.Popen[str], options: argparse.Namespace) -> tuple[Seen, Memory]:
     with open(f"/proc/{popen.pid}/task/{popen.pid}/children") as file:
         engine = int(file.read().split()[0])
     memory, work = Memory([popen.pid, engine]), Soak(root, options.model, options.seconds, options.seed)
     await work.warm(options.streams)
     memory.until = time.monotonic() + options.seconds
-    memory.worked = [processor_seconds(pid) for pid in memory.pids]
+    memory.worked = [cpu_seconds(pid) for pid in memory.pids]
 
     async def watch() -> None:
         while True:
@@ -269,14 +253,13 @@ def main() -> int:
     parser.add_argument("--max-growth", type=float, default=0.05)
     parser.add_argument("--max-slope", type=float, default=15.0, help="MiB a minute, second half")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--flags", default=FLAGS, help="more flags of septet serve")
     options = parser.parse_args()
-    popen, root = start(options.model, options.flags.split())
-    try:
+    with served(options.model, ["--access-log", "off", *options.flags.split()]) as (root, popen):
         seen, memory = asyncio.run(soak(root, popen, options))
         wall = memory.resident[-1][0] - memory.resident[0][0]
-        http, engine = (processor_seconds(pid) - at for pid, at in zip(memory.pids, memory.worked, strict=True))
+        http, engine = (cpu_seconds(pid) - at for pid, at in zip(memory.pids, memory.worked, strict=True))
         time.sleep(SETTLE_S)
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "septet:kv_slots_leased")
         left = {
@@ -285,9 +268,7 @@ def main() -> int:
         left["descriptors beyond the start"] = max(
             0.0, len(os.listdir(f"/proc/{popen.pid}/fd")) - memory.descriptors[0] - SPARE_FDS
         )
-    finally:
-        popen.terminate()
-        code = popen.wait(60)
+    code = popen.returncode
     broken = verdict(seen, memory, left, options) + ([f"the server exited with {code}"] if code else [])
     figures = {
         "streams": options.streams,
@@ -313,8 +294,7 @@ def main() -> int:
     }
     print(json.dumps(figures, indent=1))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=1)
+        write_results(options.json, head("soak"), **figures)
     return 1 if broken else 0
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from datetime import UTC, datetime
 from typing import Any
 
 from septet.advisor.hardware import all_hardware
-from septet.bench.cpu_host import commit, libraries, machine
-from septet.bench.gpu_limits import gpu
+from septet.bench import host
 from septet.errors import InvalidRequest
 
 __all__ = ["head"]
@@ -20,19 +18,9 @@ def head(*, seed: int, rounds: int, scale: float, price: float | None, ours: boo
     """`ours`: an engine is started here; else this is only the machine of the client, whose price is no engine's."""
     if price is not None and not (math.isfinite(price) and 0 < price < 1e6):
         raise InvalidRequest(f"--price {price:g} is no price of an hour", param="price")
-    card = gpu()
-    return {
-        "command": shlex.join(["septet", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine(), **card},
-        "libraries": libraries(),
-        "seed": seed,
-        "rounds": rounds,
-        "scale": scale,
-        "price": _price(price, card.get("gpu", "") if ours else ""),
-        "limits": {},
-    }
+    found = host.head("bench", shlex.join(["septet", *sys.argv[1:]]))
+    card = str(found["machine"].get("gpu", "")) if ours else ""
+    return {**found, "seed": seed, "rounds": rounds, "scale": scale, "price": _price(price, card), "limits": {}}
 
 
 def _price(given: float | None, card: str) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from septet.bench.harness.interrupt import hurried, shielded
+from septet.bench.host import dismiss, guard, tell
 from septet.errors import SeptetError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ __all__ = ["Running", "running"]
 
 LOOPBACK, GRACE_S, MOST = "127.0.0.1", 30.0, 1 << 20
 VERSIONS = ("/version", "/api/version", "/props", "/info")  # where engines tell theirs
-GUARD = 'read word && exit 0; kill -s TERM -- "-$1"; sleep 10; kill -s KILL -- "-$1"'
 
 
 @dataclass
@@ -107,11 +107,7 @@ def _start(target: Target, port: int, log: IO[bytes]) -> Running:
     except OSError as error:
         raise SeptetError(f"{target.title} can't be started: {error}") from None
     server = Running(target, f"http://{LOOPBACK}:{port}/v1", process=process, log=log)
-    with contextlib.suppress(OSError):  # no shell: no guard
-        server.guard = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD, "septet-bench-guard", str(process.pid)], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+    server.guard = guard(process.pid)
     return server
 
 
@@ -193,14 +189,12 @@ def stop(server: Running) -> None:
             if process.poll() is not None and not hurried():
                 psutil.wait_procs(_left(server), timeout=1)
         _tell(server, signal.SIGKILL, all_of_them=True)
-        if server.guard is not None:
-            server.guard.communicate(b"done\n")
+        dismiss(server.guard)
 
 
 def _tell(server: Running, number: int, *, all_of_them: bool) -> None:
     assert server.process is not None
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(server.process.pid, number)
+    tell(server.process.pid, number)
     for p in _left(server) if all_of_them else []:
         with contextlib.suppress(psutil.Error):
             p.send_signal(number)
