@@ -1,128 +1,138 @@
-"""From settings to a running executor: the one place that knows models, weights, kernels and sizes at once.
+"""From settings to a running executor: what is decided before anything is allocated. torch only where a GPU may be.
 
 Called by the engine process (`engine/__main__.py`) and by tests. Resolves each "auto" with a reason that is printed.
+The executor is made by `build_native.py` (the tape, in numpy) or `build_torch.py` (the reference, or a GPU): these two
+alone know models, weights and kernels at once.
 """
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from septet.engine.forward import EagerForward, TapeForward, record
-from septet.engine.local import LocalExecutor
 from septet.engine.messages import EngineInfo
 from septet.engine.phases import Phases
-from septet.engine.pool import allocate_pool
-from septet.engine.rows import Rows
-from septet.engine.runner import Runner
 from septet.engine.sizing import Choice, Sizes, resolve_sizes
-from septet.engine.staging import Staging
-from septet.engine.taped import TapedDecode
+from septet.engine.wake import gpu_driver
 from septet.errors import InvalidRequest, OutOfMemory
 from septet.geometry import kv_bytes_per_token
 from septet.hub.footprint import loaded_bytes
 from septet.hub.model_config import read_model_config
-from septet.layers.build import Build
 from septet.machine import available_memory
-from septet.models.registry import load_model
-from septet.weights.load import open_source
 
 if TYPE_CHECKING:
     from septet.config import EngineConfig, ModelConfig
-    from septet.engine.forward import Forward
-    from septet.engine.rehearsal import Rehearsal
-    from septet.kernels.ops import LayerKV, Ops
-    from septet.models.registry import Model
-    from septet.weights.source import Source
+    from septet.engine.local import LocalExecutor
+    from septet.engine.native import NativeExecutor
+    from septet.kernels.native.record import TapeOps
 
-__all__ = ["build_executor"]
+__all__ = ["Decisions", "build_executor", "import_libraries"]
 
-log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def build_executor(config: EngineConfig) -> tuple[LocalExecutor, EngineInfo]:
+@dataclass(slots=True)
+class Decisions:
+    """What the executor is made from."""
+
+    config: EngineConfig
+    model: ModelConfig
+    device: str  # "cpu" or "cuda"
+    kernels: str  # "native", "reference" or "triton"
+    dtype: str  # compute dtype
+    kv_dtype: str
+    sizes: Sizes
+    overlap: bool
+    phases: Phases
+    ops: TapeOps | None  # native
+
+
+def build_executor(config: EngineConfig) -> tuple[LocalExecutor | NativeExecutor, EngineInfo]:
     """Load the model and allocate everything; after this nothing large is allocated again. Raises SeptetError:
     ModelFileError, UnsupportedModel, OutOfMemory, InvalidRequest (a bad setting)."""
     phases = Phases()
-    model_config = read_model_config(Path(config.model))
+    model = read_model_config(Path(config.model))
     device, why_device = _device(config)
-    ops, why_ops = _ops(config, device)
-    native = ops.name == "native"
-    dtype, why_dtype = _dtype(config, model_config, device, native)
+    kernels, why_kernels = _kernels(config, device)
+    native = kernels == "native"
+    ops = _native_ops() if native else None
+    if ops is not None:
+        why_kernels += f"; path {ops.packer.path} ({ops.packer.reason}), {ops.pool.threads} threads"
+    dtype, why_dtype = _dtype(config, model, device, native)
     kv_dtype = "float16" if native and config.dtype == "auto" else dtype
-    overlap = config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
-    captured = (native or (device.type == "cuda" and ops.name != "reference")) and not config.enforce_eager
-    weights = _weight_bytes(config, model_config, dtype, native)
-    sizes = _sizes(config, model_config, device, weights, kv_dtype)
+    overlap = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
+    weights = loaded_bytes(config.model, model, dtype, native and config.load_format == "auto")  # dummy ones are dense
+    sizes = _sizes(config, model, device, weights, kv_dtype)
+    if config.load_format not in ("auto", "dummy"):
+        raise InvalidRequest(f"load_format must be auto or dummy, not {config.load_format!r}", param="load_format")
     phases.done("device")
-    rehearsal = _rehearse(model_config, ops, DTYPES[dtype], sizes) if captured and not native else None
-    with torch.inference_mode():
-        source = _source(config, model_config, ops, device, DTYPES[dtype])
-        build = Build(model_config, ops, source, device, DTYPES[dtype], max_len=sizes.max_model_len + 1)
-        model = load_model(build)
-        phases.done("weights")
-        kv = allocate_pool(model_config, sizes.num_kv_slots, DTYPES[kv_dtype], device)
-        rows = Rows(sizes.max_num_seqs, sizes.max_model_len, device)
-        forward, runner_ops = _forward(model, ops, kv)
-    runner = Runner(forward, runner_ops, kv, rows, Staging(device))
-    phases.done("memory")
-    if rehearsal is not None:
-        phases.done(f"{rehearsal.finish()} kernels more")
-    why_eager = _capture(runner, model, sizes, rehearsal) if captured else "eager steps"
-    phases.done("first steps")
-    del model  # of a tape, only the packed weights stay
+    executor, captured = _build(Decisions(config, model, device, kernels, dtype, kv_dtype, sizes, overlap, phases, ops))
     choices: tuple[Choice, ...] = (
-        ("device", str(device), why_device),
+        ("device", device, why_device),
         ("dtype", dtype, why_dtype),
         ("kv_dtype", kv_dtype, "half the bytes to hold and to read" if kv_dtype != dtype else "as dtype"),
-        ("kernels", ops.name, why_ops),
+        ("kernels", kernels, why_kernels),
         _overlap_words(config, overlap, device),
-        ("captured_steps", *_captured_words(runner.graphs is not None, native, why_eager)),
+        ("captured_steps", *captured),
         *sizes.choices,
         ("load", f"{phases.seconds:.2f} s", phases.words),
     )
     info = EngineInfo(
         model=config.model,
-        vocab_size=model_config.vocab_size,
+        vocab_size=model.vocab_size,
         max_model_len=sizes.max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         num_kv_slots=sizes.num_kv_slots,
-        kv_bytes_per_token=kv_bytes_per_token(model_config, kv_dtype),
+        kv_bytes_per_token=kv_bytes_per_token(model, kv_dtype),
         weight_bytes=weights,
-        device=str(device),
+        device=device,
         dtype=dtype,
-        kernels=ops.name,
+        kernels=kernels,
         pid=0,
         load_s=phases.seconds,
         choices=choices,
     )
-    executor = LocalExecutor(runner, 2 if overlap else 1, rehearsal.cancel if rehearsal is not None else lambda: None)
     return executor, info
 
 
-def _overlap_words(config: EngineConfig, overlap: bool, device: torch.device) -> Choice:
-    return (
-        "overlap",
-        "on" if overlap else "off",
-        "as asked" if config.overlap != "auto" else f"default for {device.type}",
-    )
+def _build(decisions: Decisions) -> tuple[LocalExecutor | NativeExecutor, tuple[str, str]]:
+    """-> the executor; whether steps are captured, and what that means."""
+    if decisions.kernels == "native":
+        from septet.engine.build_native import build_native
+
+        return build_native(decisions)
+    from septet.engine.build_torch import build_torch
+
+    return build_torch(decisions)
 
 
-def _captured_words(captured: bool, native: bool, why_eager: str) -> tuple[str, str]:
-    if not captured:
-        return "off", why_eager
-    return "on", "decode steps are one native call" if native else "decode steps and small chunks are CUDA graphs"
+def import_libraries(config: EngineConfig | None) -> None:
+    """What `build_executor` will import, before it is asked to; without a configuration: what it may need."""
+    if config is None or _on_host(config):
+        import_module("septet.engine.build_native")
+    if gpu_driver() if config is None else not _on_host(config):
+        import_module("septet.engine.build_torch")
 
 
-def _device(config: EngineConfig) -> tuple[torch.device, str]:
+def _on_host(config: EngineConfig) -> bool:
+    """Whether the native kernels are wanted, and weights that need no torch."""
+    cpu = config.device == "cpu" or not gpu_driver()
+    file = config.load_format == "auto" and not Path(config.model).is_dir()
+    return cpu and file and config.kernels in ("auto", "native")
+
+
+def _overlap_words(config: EngineConfig, overlap: bool, device: str) -> Choice:
+    why = "as asked" if config.overlap != "auto" else f"default for {device}"
+    return "overlap", "on" if overlap else "off", why
+
+
+def _device(config: EngineConfig) -> tuple[str, str]:
     if config.device == "cpu":
-        return torch.device("cpu"), "as asked"
-    there = torch.cuda.is_available()
+        return "cpu", "as asked"
+    there = _gpu_there()
     if config.device == "cuda" and not there:
         raise InvalidRequest(
             "device cuda was asked for, but PyTorch sees no GPU here; use --device cpu", param="device"
@@ -130,11 +140,19 @@ def _device(config: EngineConfig) -> tuple[torch.device, str]:
     if config.device not in ("auto", "cuda"):
         raise InvalidRequest(f"device must be auto, cpu or cuda, not {config.device!r}", param="device")
     if config.device == "cuda":
-        return torch.device("cuda"), "as asked"
-    return (torch.device("cuda"), "a GPU is there") if there else (torch.device("cpu"), "no GPU is there")
+        return "cuda", "as asked"
+    return ("cuda", "a GPU is there") if there else ("cpu", "no GPU is there")
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device, native: bool) -> tuple[str, str]:
+def _gpu_there() -> bool:
+    if not gpu_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: str, native: bool) -> tuple[str, str]:
     if config.dtype != "auto":
         if config.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}", param="dtype")
@@ -143,38 +161,31 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device, nativ
         return model.dtype, "the checkpoint's own for its weights; activations are float32"
     if native:
         return "float32", "of activations; weights stay as the file has them"
-    if device.type == "cpu":
+    if device == "cpu":
         return "float32", "the reference kernels on a CPU are fastest and most exact in float32"
     if model.dtype == "float32":
         return "bfloat16", "float32 checkpoints are served in bfloat16 on a GPU; ask for float32 to keep it"
     return model.dtype, "the checkpoint's own"
 
 
-def _ops(config: EngineConfig, device: torch.device) -> tuple[Ops, str]:
+def _kernels(config: EngineConfig, device: str) -> tuple[str, str]:
     """The table of kernels: the fastest that the device has, unless another is asked for."""
-    wanted, why = config.kernels, "as asked"
-    if wanted == "auto":
-        wanted, why = _default_kernels(device)
-    if wanted == "triton":
-        from septet.kernels.triton import TritonOps
-
-        return TritonOps(), why
-    if wanted == "reference":
-        from septet.kernels.reference import ReferenceOps
-
-        return ReferenceOps(), why
-    if wanted == "native":
-        if device.type != "cpu":
-            raise InvalidRequest(f"kernels native run on the CPU, not on {device.type}", param="kernels")
-        return _native_ops(why)
-    raise InvalidRequest(f"kernels must be auto, reference, triton or native, not {config.kernels!r}", param="kernels")
+    if config.kernels == "auto":
+        return _default_kernels(device)
+    if config.kernels not in ("reference", "triton", "native"):
+        raise InvalidRequest(
+            f"kernels must be auto, reference, triton or native, not {config.kernels!r}", param="kernels"
+        )
+    if config.kernels == "native" and device != "cpu":
+        raise InvalidRequest(f"kernels native run on the CPU, not on {device}", param="kernels")
+    return config.kernels, "as asked"
 
 
-def _default_kernels(device: torch.device) -> tuple[str, str]:
+def _default_kernels(device: str) -> tuple[str, str]:
     """(table, why): Triton on a GPU, the native library on a CPU, the reference where that is not there."""
     from septet.kernels.native.library import NativeUnavailable, load
 
-    if device.type == "cuda":
+    if device == "cuda":
         return "triton", "default for cuda"
     try:
         load()
@@ -183,89 +194,24 @@ def _default_kernels(device: torch.device) -> tuple[str, str]:
     return "native", "default for cpu"
 
 
-def _native_ops(why: str) -> tuple[Ops, str]:
+def _native_ops() -> TapeOps:
     from septet.kernels.native.library import Pool, load
     from septet.kernels.native.record import TapeOps
 
     library = load()
-    ops = TapeOps(library, Pool(library))
-    return ops, f"{why}; path {ops.packer.path} ({ops.packer.reason}), {ops.pool.threads} threads"
+    return TapeOps(library, Pool(library))
 
 
-def _forward(model: Model, ops: Ops, kv: list[LayerKV]) -> tuple[Forward, Ops]:
-    """How the runner computes logits, and with which ops it chooses tokens."""
-    if ops.name != "native":
-        return EagerForward(model, ops), ops
-    from septet.kernels.native.ops import NativeOps
-    from septet.kernels.native.record import TapeOps
+def _sizes(config: EngineConfig, model: ModelConfig, device: str, weights: int, kv_dtype: str) -> Sizes:
+    if device == "cuda":
+        import torch
 
-    assert isinstance(ops, TapeOps)
-    return TapeForward(record(model, ops, kv)), NativeOps(ops.library, ops.pool, ops.packer.path)
-
-
-def _weight_bytes(config: EngineConfig, model: ModelConfig, dtype: str, native: bool) -> int:
-    """What the weights will take; dummy ones are dense, as no file holds them."""
-    return loaded_bytes(config.model, model, dtype, native and config.load_format == "auto")
-
-
-def _sizes(config: EngineConfig, model: ModelConfig, device: torch.device, weights: int, kv_dtype: str) -> Sizes:
-    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
         free = available_memory()
     if weights > free:
         raise OutOfMemory(
-            f"the weights need {weights >> 20} MiB, but {free >> 20} MiB are free on {device.type}: close other "
+            f"the weights need {weights >> 20} MiB, but {free >> 20} MiB are free on {device}: close other "
             "programs, or choose a smaller model, a smaller --dtype or a GGUF file of fewer bits"
         )
-    return resolve_sizes(config, model, device=device.type, dtype=kv_dtype, weights=weights, free=free)
-
-
-def _source(config: EngineConfig, model: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Source:
-    if config.load_format == "dummy":
-        from septet.weights.dummy import DummySource
-
-        return DummySource(model, device, dtype, config.seed)
-    if config.load_format != "auto":
-        raise InvalidRequest(f"load_format must be auto or dummy, not {config.load_format!r}", param="load_format")
-    source = open_source(Path(config.model), model, ops, device, dtype)
-    if ops.name == "native":
-        from septet.weights.separate import SeparateSource
-
-        return SeparateSource(source)
-    return source
-
-
-def _rehearse(model: ModelConfig, ops: Ops, dtype: torch.dtype, sizes: Sizes) -> Rehearsal:
-    """Compile the kernels of the first steps while the weights are loaded."""
-    from septet.engine.buckets import Shapes
-    from septet.engine.rehearsal import Rehearsal, kernel_directory
-
-    major, minor = torch.cuda.get_device_capability()
-    shapes = Shapes.of(sizes.max_num_seqs, sizes.max_model_len, sizes.max_num_batched_tokens)
-    return Rehearsal(model, ops, dtype, shapes, kernel_directory(f"sm{major}{minor}"))
-
-
-def _capture(runner: Runner, model: Model, sizes: Sizes, rehearsal: Rehearsal | None) -> str:
-    """Steps as CUDA graphs or one native call -> "", or why not: then every step is launched kernel by kernel."""
-    if isinstance(runner.forward, TapeForward):
-        runner.graphs = runner.taped = TapedDecode(runner.forward.tape, runner.rows, sizes.max_num_seqs)
-        return ""
-    from septet.engine.buckets import Shapes
-    from septet.engine.graphs import CudaCapture, StepGraphs
-
-    shapes = Shapes.of(sizes.max_num_seqs, sizes.max_model_len, sizes.max_num_batched_tokens)
-    graphs = StepGraphs(runner, model, shapes, CudaCapture())
-    if rehearsal is not None:
-        graphs.compiled = rehearsal.over
-    try:
-        graphs.capture_first()
-    except RuntimeError as error:
-        log.warning("this device or driver can't capture steps", exc_info=error)
-        if rehearsal is not None:
-            rehearsal.cancel()
-        return f"steps could not be captured: {type(error).__name__}"
-    runner.graphs = graphs
-    if rehearsal is not None:
-        rehearsal.go_on()
-    return ""
+    return resolve_sizes(config, model, device=device, dtype=kv_dtype, weights=weights, free=free)

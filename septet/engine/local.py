@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from septet.engine.drawn import BoundStep, DrawnStep
     from septet.engine.grammars import Grammars
     from septet.engine.runner import Runner, StepOnDevice
-    from septet.engine.taped import TakenStep
     from septet.step import StepPlan
 
 __all__ = ["LocalExecutor"]
@@ -31,7 +30,7 @@ class LocalExecutor:
         self.depth = depth
         self._on_close = on_close
 
-    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep | TakenStep:
+    def launch(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         """Where memory runs out: once more without what the allocator keeps. OutOfMemory if that does not help."""
         try:
             return self.runner.run(plan)
@@ -63,4 +62,4 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._on_close()
-        self.runner.graphs = self.runner.taped = None
+        self.runner.graphs = None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.config import EngineConfig
+from septet.engine import compilers
 from septet.engine.frames import GAP_S
 from septet.engine.loop import EngineLoop
 from septet.engine.messages import EngineInfo, Fatal, Shutdown
@@ -69,6 +70,7 @@ def build_engine(config: EngineConfig) -> Engine:
 
         with _header(config.model):
             executor, info = build_executor(config)
+        compilers.discard()
         grammars = Grammars(info.vocab_size, config.max_waiting)
         executor.constrain(grammars, info.vocab_size)
     try:
@@ -136,6 +138,7 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     `warm`: a model will be asked for, so what every model needs is imported while the configuration is on its way.
     """
     if warm:
+        compilers.begin_early()
         threading.Thread(target=_warm, name="imports", daemon=True).start()
     loading = pulse.beat() if pulse is not None else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -147,8 +150,9 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
         if not config.model.startswith(ECHO):
             _wake(config)
             log.debug("the configuration is here; now the libraries")
-            import septet.engine.build  # noqa: F401
+            from septet.engine.build import import_libraries
 
+            import_libraries(config)
             log.debug("the libraries are loaded")
         gc.freeze()  # modules are never garbage
         gc.enable()  # as `__main__` has left it off
@@ -176,7 +180,9 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
 def _warm() -> None:
     """What fails here fails again, and is told, where it is needed."""
     with contextlib.suppress(Exception):
-        import septet.engine.build  # noqa: F401
+        from septet.engine.build import import_libraries
+
+        import_libraries(None)
 
 
 def _wake(config: EngineConfig) -> None:
@@ -184,6 +190,7 @@ def _wake(config: EngineConfig) -> None:
     if config.device in ("auto", "cuda"):
         from septet.engine.wake import wake_gpu
 
+        compilers.begin_early()
         wake_gpu()
 
 

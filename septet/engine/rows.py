@@ -7,46 +7,22 @@ request, so that the token sampled at the very end has a place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from septet.engine.staging import floats
+from septet.engine.tables import TABLES, RowInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from septet.engine.staging import Staging
-    from septet.request import SamplingParams
+    from septet.engine.tables import Tables
     from septet.step import Join, PlanRow
 
 __all__ = ["RowInfo", "Rows"]
-
-
-@dataclass(slots=True)
-class RowInfo:
-    """The host's side of a row: what the sampler must know beyond the plain values. Not changed after birth."""
-
-    params: SamplingParams
-    n_prompt: int
-    end_ids: tuple[int, ...]  # eos and stop ids, forbidden before min_tokens
-    filters: bool = field(init=False)  # needs top-k, top-p or min-p
-    penalises: bool = field(init=False)
-    unadjusted: bool = field(init=False)  # its logits are drawn from as they are, or after top-k, top-p and min-p
-    plain: bool = field(init=False)  # temperature and seed are all it needs: the captured sampler serves it
-    masked: bool = field(init=False)  # these and the mask of its grammar, which also minds min_tokens
-
-    def __post_init__(self) -> None:
-        p = self.params
-        self.filters = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-        self.penalises = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-        adjusts = self.penalises or p.logit_bias or p.min_tokens
-        self.unadjusted = not (adjusts or p.logprobs is not None or p.structured is not None)
-        self.plain = not self.filters and self.unadjusted
-        others = self.filters or self.penalises or p.logit_bias or p.logprobs is not None
-        self.masked = p.structured is not None and not others
 
 
 class Rows:
@@ -63,13 +39,21 @@ class Rows:
         self.count = torch.arange(max_rows + 2, dtype=torch.int32, device=device)  # q_start of one token a row
         self.info: list[RowInfo | None] = [None] * max_rows
 
+    @classmethod
+    def over(cls, tables: Tables) -> Rows:
+        """The same memory under torch's name, and the same `info`."""
+        rows = cls(len(tables.info), 0, torch.device("cpu"))
+        for name in TABLES:
+            setattr(rows, name, torch.from_numpy(getattr(tables, name)))
+        rows.info = tables.info
+        return rows
+
     def join(self, joins: Sequence[Join], staging: Staging) -> None:
         """Replace all state of the joining rows, with one copy to the device."""
         if not joins:
             return
         for join in joins:
-            end_ids = tuple(dict.fromkeys((*join.eos_token_ids, *join.params.stop_token_ids)))
-            self.info[join.row] = RowInfo(join.params, join.n_prompt, end_ids)
+            self.info[join.row] = RowInfo.of(join)
         params = [join.params for join in joins]
         sent = staging.send(
             [

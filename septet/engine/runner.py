@@ -1,7 +1,8 @@
-"""Runs a `StepPlan` on one device: state of the rows, layout, forward, sampling. Called by `LocalExecutor`.
+"""Runs a `StepPlan` on one device, in torch: state of the rows, layout, forward, sampling.
 
-Every sampled token is written back to the row's state on the device before the step returns, so the next plan may be
-launched without waiting. What the host needs travels to it asynchronously (`StepOnDevice`). Knows no scheduling.
+Called by `LocalExecutor`, and by `NativeExecutor` for steps that ask for more than tokens. Every sampled token is
+written back to the row's state on the device before the step returns, so the next plan may be launched without waiting.
+What the host needs travels to it asynchronously (`StepOnDevice`). Knows no scheduling.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from septet.engine.layout import lay_out, lay_out_decode
 from septet.engine.pooling import Pooling
 from septet.engine.sampler import Pick, Sampled, TopLogprobs, sample, top_logprobs
 from septet.engine.staging import HostCopy
-from septet.engine.taped import TapedDecode
+from septet.engine.taped_torch import TapedSteps
 from septet.layers.batch import ForwardBatch
 from septet.step import Logprobs, RowResult, StepResult
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from septet.engine.rows import Rows
     from septet.engine.staging import Staging
     from septet.engine.static import StaticStep
-    from septet.engine.taped import Buffers, TakenStep
+    from septet.engine.taped_torch import Buffers
     from septet.kernels.ops import LayerKV, Ops
-    from septet.step import PlanRow, StepPlan
+    from septet.step import Join, PlanRow, StepPlan
 
 __all__ = ["Runner", "StepOnDevice"]
 
@@ -164,49 +165,55 @@ class Runner:
         self.kv = kv
         self.rows = rows
         self.staging = staging
-        self.graphs: StepGraphs | TapedDecode | None = None
-        self.taped: TapedDecode | None = None  # `graphs`, where that is a tape
+        self.graphs: StepGraphs | TapedSteps | None = None
         self.constraints: Constraints | None = None
         self.fetch: Callable[[Tensor], HostCopy] = HostCopy
         self.pooling = Pooling()
         self._undrawn: BoundStep | None = None  # the last step, if its draw waits for masks
 
-    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep | TakenStep:
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         """Launch one step. Returns before the device has finished, where the device is asynchronous."""
         self.finish()
-        taken = self.taped.quick(plan) if self.taped is not None else None
-        return self._run(plan) if taken is None else taken
-
-    @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         self.rows.join(plan.joins, self.staging)
         self.rows.write(plan.rows, self.staging)
+        self.follow(plan.joins)
+        return self.joined(plan)
+
+    def follow(self, joins: Sequence[Join]) -> None:
+        """The joins are in the rows: grammars of the rows change too."""
         if self.constraints is not None:
-            self.constraints.join(plan.joins)
+            self.constraints.join(joins)
+
+    @torch.inference_mode()
+    def joined(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
+        """`run` after the joins, and with what the host gives in the rows."""
+        if self.sharing is not None:
+            self.sharing.follow(plan)
         usual, decode = _kind(plan.rows)
         found = self.graphs.find(plan.rows, decode) if self.graphs is not None and usual else None
         return self._eager(plan, self._picks(plan.rows), decode) if found is None else self._captured(plan, found)
 
-    def _captured(self, plan: StepPlan, found: Captured | TapedDecode) -> StepOnDevice | DrawnStep | BoundStep:
+    def _captured(self, plan: StepPlan, found: Captured | TapedSteps) -> StepOnDevice | DrawnStep | BoundStep:
         """Replay the step; what its sampler can't draw is drawn here from its logits."""
         assert self.graphs is not None
         sampling = [row for row in plan.rows if row.n_sample]
         infos = [self.rows.info[row.row] for row in sampling]
         plain = all(map(self.graphs.serves, infos))
         masked = not plain and all(map(self.graphs.serves_masked, infos))
-        if masked and self.taped is not None:
-            return self._taken(plan, sampling, self.taped)
+        if masked and isinstance(found, TapedSteps):
+            return self._taken(plan, sampling, found)
         out = found.run(plan.rows, sample=plain)
         n = len(sampling)
         if plain:
             requests = [row.request for row in sampling]
             return DrawnStep(plan.step, requests, self.fetch(out.tokens[: max(n, 1)]))  # one at least, to be waited for
-        if masked and not isinstance(found, TapedDecode):
+        if masked and not isinstance(found, TapedSteps):
             return self._bound(plan, sampling, found, out)
         picks, row, position = self._picks(plan.rows), out.row[:n], out.position()[:n]
         return self._written(plan, picks, self._sample(out.logits[:n], picks, row, position), row, position, [])
 
-    def _taken(self, plan: StepPlan, sampling: list[PlanRow], taped: TapedDecode) -> BoundStep:
+    def _taken(self, plan: StepPlan, sampling: list[PlanRow], taped: TapedSteps) -> BoundStep:
         """The tokens of the step before are there: masks first, then the forward pass and the draw in one call."""
         limits, spots = self.constraints, [(row.row, row.start + row.n) for row in sampling]
         out = taped.run(plan.rows, sample=True, masks=limits.masks(spots) if limits is not None else None)

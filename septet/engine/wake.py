@@ -1,6 +1,7 @@
 """The GPU's context, made while Python imports torch: each takes its time, and neither needs the other.
 
-Called by `process.py` before the model comes in. Standard library only; what fails here is left to torch to say.
+Called by `process.py` before the model comes in, and by `build.py`, which asks whether there may be a GPU at all.
+Standard library only; what fails here is left to torch to say.
 """
 
 from __future__ import annotations
@@ -11,11 +12,26 @@ import logging
 import threading
 import time
 from functools import cache
+from pathlib import Path
 
-__all__ = ["wake_gpu"]
+from septet.engine import compilers
+
+__all__ = ["gpu_driver", "wake_gpu"]
 
 
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 log = logging.getLogger(__name__)
+
+
+@cache
+def gpu_driver() -> bool:
+    """Whether a GPU's driver is installed, NVIDIA's or AMD's: without one torch sees no GPU, and need not be asked."""
+    if Path("/dev/kfd").exists():
+        return True
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return False
 
 
 @cache
@@ -37,9 +53,14 @@ def _retain_primary_context(library: str = "libcuda.so.1") -> bool:
     with contextlib.suppress(OSError, AttributeError):
         cuda = ctypes.CDLL(library)  # calls release the interpreter's lock
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        return (
-            cuda.cuInit(0) == 0
-            and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
-            and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
-        )
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            _announce(cuda, device)
+            return bool(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0)
     return False
+
+
+def _announce(cuda: ctypes.CDLL, device: ctypes.c_int) -> None:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    known = cuda.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device) == 0
+    if known and cuda.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device) == 0:
+        compilers.announce(10 * major.value + minor.value)

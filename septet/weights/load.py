@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from septet.errors import ModelFileError, UnsupportedModel
+from septet.errors import UnsupportedModel
 from septet.hub.gguf import GGUFFile
 from septet.hub.safetensors import DTYPE_BYTES, SafetensorsDir
 from septet.kernels import ggml
 from septet.machine import usable_cpus
 from septet.quant.gguf import GGUFBlocks
 from septet.quant.none import Dense
-from septet.weights.names import build_order, canonical_of_gguf, canonical_of_hf, is_harmless
+from septet.weights.inventory import Inventory, row_order
+from septet.weights.names import build_order, canonical_of_gguf, canonical_of_hf
 from septet.weights.stream import Span, WeightStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -41,7 +42,6 @@ __all__ = ["GGUFSource", "SafetensorsSource", "open_source"]
 MAX_THREADS = 12  # that stream: memory is busy before that
 CHUNK = 1 << 20  # weights made dense at once: temporaries of 4 MiB, which the allocator reuses without new pages
 DEVICE_CHUNK = 1 << 25  # the same on a GPU, where each chunk costs some launches
-INTERLEAVED = ("llama", "mistral")  # GGUF stores their q and k for rotation of neighbours (2i, 2i + 1)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
 
 
@@ -54,43 +54,6 @@ def open_source(path: str | Path, config: ModelConfig, ops: Ops, device: torch.d
     if path.is_dir():
         return SafetensorsSource(SafetensorsDir.open(path), config, device, dtype)
     return GGUFSource(GGUFFile.open(path), config, ops, device, dtype, path)
-
-
-class Inventory:
-    """Which tensors a checkpoint has, by canonical name, and which of them were asked for."""
-
-    def __init__(self, where: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-        """`where`: the file's name, for messages. `tensors`: (canonical name, name in the file, shape)."""
-        self.where = where
-        self.known: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.taken: set[str] = set()
-        for name, own, shape in tensors:
-            if name in self.known:
-                raise ModelFileError(f"{where}: tensors {_shown(self.known[name][0])} and {_shown(own)} are the same")
-            self.known[name] = (own, shape)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> str:
-        """-> the name in the file. ModelFileError if there is none or its shape is another one."""
-        if name not in self.known:
-            raise ModelFileError(f"{self.where}: the tensor {name} is missing; expected it with shape {list(shape)}")
-        own, found = self.known[name]
-        if found != tuple(shape):
-            alias = "" if own == name else f" ({name})"
-            raise ModelFileError(
-                f"{self.where}: tensor {own}{alias} has shape {list(found)}; the model's config asks for {list(shape)}"
-            )
-        self.taken.add(name)
-        return own
-
-    def check_all_taken(self, tied: bool) -> None:
-        """ModelFileError naming what nobody asked for, harmless extras aside."""
-        left = [own for name, (own, _) in self.known.items() if name not in self.taken and not is_harmless(name, tied)]
-        if left:
-            names = ", ".join(map(_shown, sorted(left)[:8])) + (", ..." if len(left) > 8 else "")
-            raise ModelFileError(
-                f"{self.where}: {len(left)} tensors belong to no layer of this architecture, so its answers would be "
-                f"wrong: {names}"
-            )
 
 
 class GGUFSource:
@@ -167,15 +130,9 @@ class GGUFSource:
         return values.clone() if order is None else values[order]
 
     def _row_order(self, name: str, n: int) -> Tensor | None:
-        """Which row of the file is row i of the canonical layout, (n,) int64; None where they agree.
-
-        llama.cpp's converter interleaves the halves of each head of q and k (row 2i + j of a head is row
-        j * E/2 + i of the checkpoint), since it rotates neighbours; Septet rotates halves. Rows are whole blocks.
-        """
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
-        if heads is None or self.config.architecture not in INTERLEAVED:
-            return None
-        return torch.arange(n).view(heads, n // heads // 2, 2).transpose(1, 2).reshape(n)
+        """`row_order` as a tensor on the CPU."""
+        order = row_order(self.config, name, n)
+        return None if order is None else torch.from_numpy(order)
 
     def _dense(self, rows: Tensor, order: Tensor | None, kind: str, shape: tuple[int, int]) -> Tensor:
         """(N, K) in the compute dtype on the device, made chunk by chunk; the mapped file's memory where it serves."""
@@ -266,8 +223,3 @@ def _chunks(shape: tuple[int, int], n_weights: int = CHUNK) -> Iterator[slice]:
     """Slices of rows, `n_weights` or one row each."""
     step = max(1, n_weights // shape[1])
     return (slice(start, start + step) for start in range(0, shape[0], step))
-
-
-def _shown(name: str) -> str:
-    """A name out of a file, safe to print."""
-    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -13,7 +13,7 @@ from septet.config import EngineConfig
 from septet.engine.constraints import TokenMasks
 from septet.engine.process import Engine, build_engine
 from septet.engine.sampler import Pick, sample
-from septet.engine.taped import TakenStep, TapedDecode
+from septet.engine.taped import TakenStep
 from septet.kernels.reference import ReferenceOps
 from septet.request import Request, SamplingParams
 from septet.step import Join, PlanRow, StepPlan
@@ -22,6 +22,8 @@ from tests.native import native_library
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from septet.engine.taped_torch import TapedSteps
 
 N_OUT = 40
 PARAMS: list[dict[str, Any]] = [
@@ -82,7 +84,7 @@ def answers(engine: Engine, params: list[dict[str, Any]]) -> list[list[int]]:
 
 def test_the_same_tokens_as_in_torch(model: Path) -> None:
     native = start(model, "native")
-    assert isinstance(native.executor.runner.graphs, TapedDecode)  # type: ignore[attr-defined]
+    assert native.executor.decode is not None  # type: ignore[attr-defined]
     want = answers(start(model, "reference"), PARAMS)
     assert answers(native, PARAMS) == want
     assert len({tuple(tokens) for tokens in want}) == len(want)
@@ -111,10 +113,10 @@ def test_a_usual_step_is_one_call_and_any_other_is_not(model: Path) -> None:
     """`quick` takes steps of rows that decode and sample, and draws what the long way draws; no other step."""
     engine = start(model, "native")
     graphs, rows, _ = masked_step(engine, 1)
-    runner = engine.executor.runner  # type: ignore[attr-defined]
-    assert graphs is runner.taped
+    executor: Any = engine.executor
+    assert graphs.decode is executor.decode
     free = graphs.run(rows, sample=True).tokens.tolist()
-    taken = runner.run(StepPlan(7, rows=tuple(rows)))
+    taken = executor.launch(StepPlan(7, rows=tuple(rows)))
     assert isinstance(taken, TakenStep)
     result = taken.result()
     assert (result.step, [row.tokens for row in result.rows]) == (7, [(token,) for token in free])
@@ -122,12 +124,13 @@ def test_a_usual_step_is_one_call_and_any_other_is_not(model: Path) -> None:
     row = rows[0]
     odd: list[dict[str, Any]] = [{"n": 2}, {"n_sample": 0}, {"tokens": (3,)}, {"prompt_logprobs": True}]
     for change in [*odd, {"pooling": "mean"}]:
-        assert graphs.quick(StepPlan(8, rows=(replace(row, **change), *rows[1:]))) is None
+        assert executor.decode.quick(StepPlan(8, rows=(replace(row, **change), *rows[1:]))) is None
     joins = (Join("8", 8, (1, 2), 1, (), SamplingParams(logprobs=1, seed=0)),)
-    runner.rows.join(joins, runner.staging)
-    assert graphs.quick(StepPlan(8, joins, tuple(rows))) is None
-    assert graphs.quick(StepPlan(8, rows=(*rows, PlanRow("8", 8, 1, 1, (9,), 1)))) is None
-    assert graphs.quick(StepPlan(8, rows=(PlanRow("none", 9, 1, 1, (9,), 1),))) is None
+    executor.tables.join(joins)
+    quick = executor.decode.quick
+    assert quick(StepPlan(8, joins, tuple(rows))) is None
+    assert quick(StepPlan(8, rows=(*rows, PlanRow("8", 8, 1, 1, (9,), 1)))) is None
+    assert quick(StepPlan(8, rows=(PlanRow("none", 9, 1, 1, (9,), 1),))) is None
 
 
 def test_a_row_of_nan_fails_alone() -> None:
@@ -136,15 +139,15 @@ def test_a_row_of_nan_fails_alone() -> None:
     assert [(row.tokens, row.error is None) for row in got] == [((5,), True), ((), False), ((6,), True)]
 
 
-def masked_step(engine: Engine, seed: int) -> tuple[TapedDecode, list[PlanRow], TokenMasks]:
+def masked_step(engine: Engine, seed: int) -> tuple[TapedSteps, list[PlanRow], TokenMasks]:
     """Every row of PARAMS computes one token; masks of all kinds, in another order than the rows'."""
-    runner = engine.executor.runner  # type: ignore[attr-defined]
-    n, vocab, start = len(PARAMS), runner.graphs.tape.vocab, 4
+    executor: Any = engine.executor
+    n, vocab, start = len(PARAMS), executor.tape.vocab, 4
     tokens = tuple(range(7, 7 + start + 1))
     params = [SamplingParams(seed=seed * 100 + i, **p) for i, p in enumerate(PARAMS)]
     slots = [tuple(range(100 * i, 100 * i + start)) for i in range(n)]
     joins = [Join(str(i), n - 1 - i, tokens, start, slots[i], p) for i, p in enumerate(params)]
-    runner.rows.join(joins, runner.staging)
+    executor.tables.join(joins)
     rows = [PlanRow(str(i), n - 1 - i, start, 1, (100 * i + start,), 1) for i in range(n)]
     words = torch.randint(
         -(2**31), 2**31, (n + 2, -(-vocab // 32)), generator=torch.Generator().manual_seed(seed)
@@ -155,7 +158,7 @@ def masked_step(engine: Engine, seed: int) -> tuple[TapedDecode, list[PlanRow], 
     words[2, 1:] = 0  # few
     words[3] = 0  # none
     line = torch.tensor([0, 1, -1, 2, n + 1, 3, 1, -1])
-    return runner.graphs, rows, TokenMasks(words, line.roll(seed))
+    return executor.runner.graphs, rows, TokenMasks(words, line.roll(seed))
 
 
 @torch.inference_mode()
@@ -168,8 +171,8 @@ def test_drawn_under_masks_as_the_reference_draws(model: Path) -> None:
         logits, row, position = out.logits[: len(rows)].clone(), out.row[: len(rows)], out.position()[: len(rows)]
         picks = [Pick(r.row, 5, runner.rows.info[r.row]) for r in rows]
         want = sample(ReferenceOps(), logits, picks, runner.rows, row, position, masks).tokens
-        free = graphs.run(rows, sample=True).tokens
-        got = graphs.run(rows, sample=True, masks=masks).tokens
+        free = graphs.run(rows, sample=True).tokens.clone()
+        got = graphs.run(rows, sample=True, masks=masks).tokens.clone()
         assert got.tolist() == want.tolist()
         assert runner.rows.tokens[row, position].tolist() == want.tolist()
         assert (got == 69).sum() >= 2  # the only token that they may take
