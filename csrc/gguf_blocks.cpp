@@ -197,9 +197,9 @@ void load_cell(Form form, const uint8_t* group, int64_t b, int r, Cell& cell) {
 }
 
 void cell_values(Form form, const Cell& cell, float* out) {
-  const float d = form == Form::q8_f ? cell.wide : half_to_float(cell.d);
+  const float d = form == Form::q8_f || form == Form::q4_w ? cell.wide : half_to_float(cell.d);
   const float m = shape_of(form).minima ? half_to_float(cell.m) : 0.0f;
-  const int offset = form == Form::q4_0 ? 8 : form == Form::q5_0 ? 16 : form == Form::q6_k || form == Form::q2_k ? 32 : 0;
+  const int offset = form == Form::q4_0 || form == Form::q4_w ? 8 : form == Form::q5_0 ? 16 : form == Form::q6_k || form == Form::q2_k ? 32 : 0;
   for (int i = 0; i < 32; i++) {
     const int h = i / 16;
     const float code = static_cast<float>(cell.code[i] - offset);

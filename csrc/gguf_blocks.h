@@ -13,7 +13,7 @@ namespace septet {
 struct Cell {
   uint8_t code[32];    // codes as stored; int8 in forms with codes8
   uint16_t d, m;       // f16: scale and minimum of the block, or d and dmin of the head
-  float wide;          // q8_f: the scale
+  float wide;          // q8_f: the scale (q4_w: set by who reads a cell, from the group's tail)
   uint8_t s[2], mn[2]; // K forms: integer scales (int8 in q6_k, q2_k) and minima; [0] only where one covers the block
 };
 

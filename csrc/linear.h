@@ -21,11 +21,12 @@
 namespace septet {
 
 // How a weight is stored. The first nine are GGUF's types in interleaved order, bit for bit the same numbers; `q2_k`
-// also holds nothing else; other GGUF types are converted without loss: Q3_K -> q6_k, IQ4_NL and IQ4_XS -> q8_f.
-enum class Form : int { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, q2_k, q8_f, bf16, f16, f32 };
+// also holds nothing else; other GGUF types are converted without loss: Q3_K -> q6_k, IQ4_NL and IQ4_XS -> q8_f, and on the
+// AVX2 path Q4_0 -> q4_w.
+enum class Form : int { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, q2_k, q8_f, q4_w, bf16, f16, f32 };
 
 constexpr int64_t GROUP = 16;  // output rows of a group: the unit in which threads share a matrix
-constexpr int64_t BLOCK = 32;  // inputs of a block: one activation scale
+constexpr int64_t BLOCK = 32;  // inputs of a block: one scale of the weights; two blocks have one of the activations
 
 struct Kernels;
 
@@ -44,8 +45,8 @@ struct Packed {
 inline int64_t groups(const Packed& w) { return w.group_count; }
 inline bool is_dense(const Packed& w) { return w.form >= Form::bf16; }  // reads x itself, needs no QuantInput
 
-// Activations of up to T tokens as int8 in blocks of 32 inputs: x = q * d, -127 <= q <= 127. d is NaN where x is not
-// finite. Laid out for the kernels (InputBlock in kernel_tables.h): `lanes` tokens side by side in each block.
+// Activations of up to T tokens as int8 in blocks of 32 inputs: x = q * d, -127 <= q <= 127. Blocks 2i and 2i + 1 have the
+// same d, so that their sums may be added before it is applied. d is NaN where x is not finite. Laid out for the kernels (InputBlock in kernel_tables.h): `lanes` tokens side by side in each block.
 struct QuantInput {
   uint8_t* data;
   int64_t blocks;  // ceil(k / 32), the last one padded with zeros

@@ -4,6 +4,7 @@
 // a group once and multiplies it by four tokens at a time. Both end in the same `finish` (codes_avx2.h): one fma per block
 // and output, in order of the blocks, so that a token's result does not depend on its neighbours.
 #include "codes_avx2.h"
+#include "pairs_avx2.h"
 #include "panel_avx2.h"
 #include "store_avx2.h"
 
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int DIRECT = 4;                   // tokens up to which decoding in registers wins
 constexpr int64_t CHUNK_BYTES = 192 << 10;  // of quantised input that a panel's pass should find in L2
-constexpr int64_t AHEAD = 4096;             // bytes of prefetch in the stream of weights
 
 template <Form F, int R, int J, int L>
 inline void direct_lines(const Decoder<F>& decoder, Sums (&sums)[R], const InputBlock<L>& x) {
@@ -96,31 +96,32 @@ void direct_groups(const Packed& w, const QuantInput& qx, int64_t t_count, int64
 }
 
 // What a pass over many tokens needs besides weights and inputs. `step`: blocks of a panel; `chunk`: tokens that share it;
-// `sums` (chunk, 16): an output's sums, from one panel to the next of its group.
-template <Form F>
+// `sums` (chunk, 16): an output's sums, from one panel to the next of its group; `wide`: the inputs as int8 weights or pairs
+// want them.
+template <Form F, typename Wide = WideBlock>
 struct PanelPlan {
-  int64_t step, chunk, wide_bytes;
+  int64_t step, chunk;
   PanelBlock<F>* panel;
   float* sums;
-  WideBlock* wide;
+  Wide* wide;
 
-  PanelPlan(int64_t blocks, int64_t t_count) {
+  PanelPlan(int64_t blocks, int64_t t_count, int64_t wide_count) {
     const int64_t parts = (blocks + PANEL_BLOCKS<F> - 1) / PANEL_BLOCKS<F>, even = (blocks + parts - 1) / parts;
     step = parts == 1 ? blocks : (even + 7) / 8 * 8;
     const int64_t fit = CHUNK_BYTES / (blocks * static_cast<int64_t>(sizeof(PanelInput<F>))) * 4, most = fit < 64 ? 64 : fit;
     chunk = t_count < most ? (t_count + 3) / 4 * 4 : most;
-    wide_bytes = Traits<F>::bytes ? chunk / 4 * blocks * static_cast<int64_t>(sizeof(WideBlock)) : 0;
-    const int64_t panel_bytes = step * static_cast<int64_t>(sizeof(PanelBlock<F>));
+    const int64_t wide_bytes = chunk / 4 * wide_count * static_cast<int64_t>(sizeof(Wide));
+    const int64_t panel_bytes = (step + step % 2) * static_cast<int64_t>(sizeof(PanelBlock<F>));  // pairs of blocks, too
     char* memory = static_cast<char*>(thread_scratch(panel_bytes + chunk * GROUP * 4 + wide_bytes));
     panel = reinterpret_cast<PanelBlock<F>*>(memory);
     sums = memory ? reinterpret_cast<float*>(memory + panel_bytes) : nullptr;
-    wide = memory ? reinterpret_cast<WideBlock*>(memory + panel_bytes + chunk * GROUP * 4) : nullptr;
+    wide = memory ? reinterpret_cast<Wide*>(memory + panel_bytes + chunk * GROUP * 4) : nullptr;
   }
 };
 
 // Group g by tokens begin .. end - 1 of a chunk.
-template <Form F>
-void panel_group(const Packed& w, const QuantInput& qx, const PanelPlan<F>& plan, int64_t g, int64_t begin, int64_t end, const Out& out) {
+template <Form F, typename Wide>
+void panel_group(const Packed& w, const QuantInput& qx, const PanelPlan<F, Wide>& plan, int64_t g, int64_t begin, int64_t end, const Out& out) {
   for (int64_t b = 0; b < qx.blocks; b += plan.step) {
     const int64_t blocks = qx.blocks - b < plan.step ? qx.blocks - b : plan.step;
     unpack<F>(w.data + g * w.group_bytes, b, blocks, plan.panel);
@@ -138,7 +139,7 @@ void panel_group(const Packed& w, const QuantInput& qx, const PanelPlan<F>& plan
 template <Form F>
 void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
   if (t_count <= DIRECT) return direct_groups<F>(w, qx, t_count, g0, g1, out);
-  const PanelPlan<F> plan(qx.blocks, t_count);
+  const PanelPlan<F> plan(qx.blocks, t_count, Traits<F>::bytes ? qx.blocks : 0);
   if (!plan.panel) return direct_groups<F>(w, qx, t_count, g0, g1, out);  // no memory
   for (int64_t begin = 0; begin < t_count; begin += plan.chunk) {
     const int64_t end = t_count - begin < plan.chunk ? t_count : begin + plan.chunk;
@@ -147,11 +148,72 @@ void quantized(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g
   }
 }
 
+// -- q4_w -------------------------------------------------------------------------------------------------------------
+using PairPlan = PanelPlan<Form::q4_0, PairInput>;
+static_assert(sizeof(PairBlock) <= 2 * sizeof(PanelBlock<Form::q4_0>), "panels of both kinds share memory");
+
+inline const uint8_t* tail_of(const Packed& w, int64_t g) { return w.data + (g + 1) * w.group_bytes - TAIL; }
+inline bool has_units(const uint8_t* tail) { return tail[0] | tail[1]; }
+
+void pair_direct_any(const uint8_t* group, const QuantInput& qx, int64_t t, int64_t count, float* c) {
+  if (qx.lanes == 1) pair_direct_rows<1, 1>(group, reinterpret_cast<const InputBlock<1>*>(qx.data), qx.blocks, c);
+  else if (count == 1) pair_direct_rows<1, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 2) pair_direct_rows<2, 4>(group, four(qx, t), qx.blocks, c);
+  else if (count == 3) pair_direct_rows<3, 4>(group, four(qx, t), qx.blocks, c);
+  else pair_direct_rows<4, 4>(group, four(qx, t), qx.blocks, c);
+}
+
+void paired_direct(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
+  alignas(64) float c[4 * GROUP];
+  for (int64_t g = g0; g < g1; g++)
+    for (int64_t t = 0; t < t_count; t += 4) {
+      const uint8_t* group = w.data + g * w.group_bytes;
+      const int64_t count = t_count - t < 4 ? t_count - t : 4;
+      if (has_units(tail_of(w, g))) pair_direct_any(group, qx, t, count, c), in_ones(tail_of(w, g), count, c);
+      else direct_any<Form::q4_0>(group, qx, t, count, c);
+      store_group(w, g, c, t, count, out);
+    }
+}
+
+void pair_group(const Packed& w, const QuantInput& qx, const PairPlan& plan, int64_t g, int64_t begin, int64_t end, const Out& out) {
+  PairBlock* panel = reinterpret_cast<PairBlock*>(plan.panel);
+  const int64_t pairs = (qx.blocks + 1) / 2;
+  for (int64_t b = 0; b < qx.blocks; b += plan.step) {
+    const int64_t blocks = qx.blocks - b < plan.step ? qx.blocks - b : plan.step;
+    unpack_pairs(w.data + g * w.group_bytes, b, blocks, panel);
+    for (int64_t t = begin; t < end; t += 4) {
+      const int64_t count = end - t < 4 ? end - t : 4;
+      float* c = plan.sums + (plan.step < qx.blocks ? t - begin : 0) * GROUP;
+      const bool last = b + blocks == qx.blocks;
+      if (last) ask_for(g, t, count, out);
+      pair_tiles(panel, plan.wide + (t - begin) / 4 * pairs + b / 2, (blocks + 1) / 2, count, b == 0, c);
+      if (!last) continue;
+      in_ones(tail_of(w, g), count, c);
+      store_group(w, g, c, t, count, out);
+    }
+  }
+}
+
+void paired(const Packed& w, const QuantInput& qx, int64_t t_count, int64_t g0, int64_t g1, const Out& out) {
+  if (t_count <= DIRECT) return paired_direct(w, qx, t_count, g0, g1, out);
+  const int64_t pairs = (qx.blocks + 1) / 2;
+  const PairPlan plan(qx.blocks, t_count, pairs);
+  if (!plan.panel) return paired_direct(w, qx, t_count, g0, g1, out);  // no memory
+  for (int64_t begin = 0; begin < t_count; begin += plan.chunk) {
+    const int64_t end = t_count - begin < plan.chunk ? t_count : begin + plan.chunk;
+    for (int64_t t = begin; t < end; t += 4) pair_up(four(qx, t), qx.blocks, plan.wide + (t - begin) / 4 * pairs);
+    for (int64_t g = g0; g < g1; g++) {
+      if (has_units(tail_of(w, g))) pair_group(w, qx, plan, g, begin, end, out);
+      else panel_group<Form::q4_0>(w, qx, plan, g, begin, end, out);
+    }
+  }
+}
+
 void linear(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, int64_t t_count, int64_t g0, int64_t g1,
             float* y, int64_t ldy, const float* bias) {
   const Out out{y, ldy, bias};
   switch (w.form) {
-    case Form::q4_0: return quantized<Form::q4_0>(w, qx, t_count, g0, g1, out);
+    case Form::q4_w: return paired(w, qx, t_count, g0, g1, out);
     case Form::q4_1: return quantized<Form::q4_1>(w, qx, t_count, g0, g1, out);
     case Form::q5_0: return quantized<Form::q5_0>(w, qx, t_count, g0, g1, out);
     case Form::q5_1: return quantized<Form::q5_1>(w, qx, t_count, g0, g1, out);

@@ -418,6 +418,7 @@ void linear(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, 
   const Out out{y, ldy, bias};
   switch (w.form) {
     case Form::q4_0: return quantized<Form::q4_0>(w, qx, t_count, g0, g1, out);
+    case Form::q4_w: return;  // the AVX2 path's
     case Form::q4_1: return quantized<Form::q4_1>(w, qx, t_count, g0, g1, out);
     case Form::q5_0: return quantized<Form::q5_0>(w, qx, t_count, g0, g1, out);
     case Form::q5_1: return quantized<Form::q5_1>(w, qx, t_count, g0, g1, out);

@@ -32,11 +32,12 @@ void put(QuantInput& out, int64_t t, int64_t b, const QuantBlock& block) {
   to.half[1][lane] = block.half[1];
 }
 
-QuantBlock quantize_block(const float* x, int64_t count) {
+// `count` numbers (32 at most) at x, by the scale of the `seen` numbers at `shared`, which they are some of.
+QuantBlock quantize_block(const float* x, int64_t count, const float* shared, int64_t seen) {
   float biggest = 0, poison = 0;
-  for (int64_t i = 0; i < count; i++) {
-    biggest = fmaxf(biggest, fabsf(x[i]));
-    poison += x[i] * 0.0f;  // NaN where x is not finite
+  for (int64_t i = 0; i < seen; i++) {
+    biggest = fmaxf(biggest, fabsf(shared[i]));
+    poison += shared[i] * 0.0f;  // NaN where x is not finite
   }
   const bool zero = biggest < TINY || poison != poison;
   const float inverse = zero ? 0.0f : 127.0f / biggest;
@@ -55,8 +56,9 @@ QuantBlock quantize_block(const float* x, int64_t count) {
 void quantize(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {
   for (int64_t t = t0; t < t1; t++)
     for (int64_t b = 0; b < out.blocks; b++) {
-      const int64_t left = k - b * BLOCK;
-      const QuantBlock block = quantize_block(x + t * ldx + b * BLOCK, left < BLOCK ? left : BLOCK);
+      const int64_t left = k - b * BLOCK, pair = b / 2 * 2 * BLOCK, seen = k - pair;
+      const float* row = x + t * ldx;
+      const QuantBlock block = quantize_block(row + b * BLOCK, left < BLOCK ? left : BLOCK, row + pair, seen < 2 * BLOCK ? seen : 2 * BLOCK);
       if (out.lanes == 1) put<1>(out, t, b, block);
       else put<4>(out, t, b, block);
     }

@@ -1,9 +1,11 @@
 // See pack.h.
 #include "pack.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 
@@ -63,9 +65,9 @@ void chunk_release(Chunk* chunk) {
   delete chunk;
 }
 
-bool form_of(int kind, Form& form) {
+bool form_of(int kind, Path path, Form& form) {
   switch (static_cast<Kind>(kind)) {
-    case Kind::q4_0: form = Form::q4_0; return true;
+    case Kind::q4_0: form = path == Path::avx2 ? Form::q4_w : Form::q4_0; return true;
     case Kind::q4_1: form = Form::q4_1; return true;
     case Kind::q5_0: form = Form::q5_0; return true;
     case Kind::q5_1: form = Form::q5_1; return true;
@@ -82,12 +84,60 @@ bool form_of(int kind, Form& form) {
   return false;
 }
 
+// A float16 as +-mantissa * 2**(shift - 24); special: infinity or NaN.
+struct HalfParts {
+  int mantissa, shift;
+  bool negative, special;
+};
+HalfParts half_parts(const uint8_t* at) {
+  uint16_t half;
+  memcpy(&half, at, 2);
+  const int exponent = half >> 10 & 31, rest = half & 1023;
+  return {exponent ? rest | 1024 : rest, exponent ? exponent - 1 : 0, (half & 0x8000) != 0, exponent == 31};
+}
+
 // Rows 16g .. of the source into group g. The destination is zero.
 void pack_dense(Form form, uint8_t* group, const uint8_t* rows, int64_t count, int64_t k, int64_t stride) {
   const int64_t width = form == Form::f32 ? 4 : 2, cells = form == Form::bf16 ? 2 : 1, line = GROUP * cells * width;
   for (int64_t r = 0; r < count; r++)
     for (int64_t i = 0; i < k; i++)
       memcpy(group + i / cells * line + (r * cells + i % cells) * width, rows + r * stride + i * width, static_cast<size_t>(width));
+}
+
+// q4_w: a group's f16 scales become whole numbers, if they all can; else they stay, and the tail is zero, as it was.
+void whole_scales(uint8_t* group, int64_t blocks) {
+  const int64_t block = shape_of(Form::q4_w).block();
+  const auto scale = [&](int64_t b, int r) { return group + b * block + 256 + 2 * r; };
+  int lowest[GROUP];  // bit of a row's scales, 2**-24 being bit 0
+  for (int r = 0; r < GROUP; r++) {
+    int low = 64, high = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+      const HalfParts half = half_parts(scale(b, r));
+      if (half.special) return;
+      for (int bit = 0; bit < 11; bit++)
+        if (half.mantissa >> bit & 1) low = std::min(low, half.shift + bit), high = std::max(high, half.shift + bit);
+    }
+    if (high - low >= 15) return;
+    lowest[r] = low < 64 ? low : 0;
+  }
+  for (int r = 0; r < GROUP; r++) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const HalfParts half = half_parts(scale(b, r));
+      const int up = half.shift - lowest[r], whole = up >= 0 ? half.mantissa << up : half.mantissa >> -up;
+      const int16_t s = static_cast<int16_t>(half.negative ? -whole : whole);
+      memcpy(scale(b, r), &s, 2);
+    }
+    const uint16_t unit = static_cast<uint16_t>((127 - 24 + lowest[r]) << 7);  // 2**(lowest - 24) as bfloat16
+    memcpy(group + blocks * block + 2 * r, &unit, 2);
+  }
+}
+
+// The scale of row r of q4_w, from the group's tail and what its block holds.
+float whole_scale(const uint8_t* tail, int r, uint16_t stored) {
+  uint16_t unit;
+  memcpy(&unit, tail + 2 * r, 2);
+  if (unit == 0) return half_to_float(stored);
+  return ldexpf(static_cast<float>(static_cast<int16_t>(stored)), (unit >> 7) - 127);
 }
 
 void pack_group(Kind kind, Form form, uint8_t* group, const uint8_t* rows, int64_t count, int64_t k) {
@@ -99,6 +149,7 @@ void pack_group(Kind kind, Form form, uint8_t* group, const uint8_t* rows, int64
       read_gguf(kind, rows + r * stride, b, cell);
       store_cell(form, group, b, static_cast<int>(r), cell);
     }
+  if (form == Form::q4_w) whole_scales(group, k / BLOCK);
 }
 
 }  // namespace
@@ -138,7 +189,7 @@ int64_t row_bytes(Kind kind, int64_t k) {
 Packed* pack(Arena* arena, Pool* pool, const uint8_t* rows, int64_t n, int64_t k, int kind, Path path, const char** error) {
   Form form;
   const auto fail = [&](const char* why) { return *error = why, static_cast<Packed*>(nullptr); };
-  if (!form_of(kind, form)) return fail("this block type is not implemented in the native library");
+  if (!form_of(kind, path, form)) return fail("this block type is not implemented in the native library");
   if (n < 1 || n > MAX_SIDE || k > MAX_SIDE || row_bytes(static_cast<Kind>(kind), k) == 0) return fail("n or k does not fit the block type");
   const Kernels* run = kernels_for(path);
   if (!run) return fail("this CPU or this build has no such path");
@@ -179,6 +230,7 @@ void dequantize_row(const Packed& w, int64_t row, float* out) {
     Cell cell;
     for (int64_t b = 0; b < w.k / BLOCK; b++) {
       load_cell(w.form, group, b, r, cell);
+      if (w.form == Form::q4_w) cell.wide = whole_scale(group + w.group_bytes - TAIL, r, cell.d);
       cell_values(w.form, cell, out + b * BLOCK);
     }
     return;

@@ -12,6 +12,7 @@
 //
 //   form   block (32 inputs)                                            head (256 inputs)          weight
 //   q4_0   codes4, d f16[16]                               288 B                                   d (q - 8)
+//   q4_w   codes4, s i16[16]; behind the group w bf16[16]  288 B                                   w s (q - 8)
 //   q4_1   codes4, d f16[16], m f16[16]                    320 B                                   d q + m
 //   q5_0   codes4, bit5, d f16[16]                         352 B                                   d (q - 16)
 //   q5_1   codes4, bit5, d f16[16], m f16[16]              384 B                                   d q + m
@@ -25,6 +26,8 @@
 //   f16    16 rows x 1 input:  [row] float16                32 B                                   itself
 //   f32    16 rows x 1 input:  [row] float32                64 B                                   itself
 //
+// (q4_w: w is a power of two, all of which a row's scales are whole multiples of. f16 scales of a row seldom are more than
+// 15 bits apart; a group with such a row has q4_0's d in place of s, and w = 0.)
 // (s and m of q6_k and q2_k: [row][half], half h covers inputs 16h .. 16h + 15.) Rows past n and inputs past k are zero.
 #pragma once
 
@@ -49,7 +52,7 @@ struct Shape {
 
 constexpr Shape shape_of(Form form) {
   switch (form) {
-    case Form::q4_0: return {256, 0, 32, 0, 0, 32};
+    case Form::q4_0: case Form::q4_w: return {256, 0, 32, 0, 0, 32};
     case Form::q4_1: return {256, 0, 32, 32, 0, 32};
     case Form::q5_0: return {256, 64, 32, 0, 0, 32};
     case Form::q5_1: return {256, 64, 32, 32, 0, 32};
@@ -66,10 +69,12 @@ constexpr Shape shape_of(Form form) {
   return {0, 0, 0, 0, 0, 1};
 }
 
+constexpr int64_t TAIL = 32;  // of a group of q4_w
+
 // Bytes of a group of k inputs.
 constexpr int64_t group_bytes(Form form, int64_t k) {
   const Shape shape = shape_of(form);
-  return (k + shape.inputs - 1) / shape.inputs * shape.block() + (shape.head ? k / 256 * shape.head : 0);
+  return (k + shape.inputs - 1) / shape.inputs * shape.block() + (shape.head ? k / 256 * shape.head : 0) + (form == Form::q4_w ? TAIL : 0);
 }
 
 // GGUF's numbers of its types (ggml.h, enum ggml_type).

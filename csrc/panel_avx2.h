@@ -44,6 +44,8 @@ struct alignas(64) PanelBlock {
   }
 };
 
+constexpr int64_t AHEAD = 4096;  // bytes of prefetch in the stream of weights
+
 // Blocks of a panel at most, so that it lies in L1 beside four tokens' inputs.
 template <Form F>
 constexpr int64_t PANEL_BLOCKS = Traits<F>::bytes ? 20 : 24;

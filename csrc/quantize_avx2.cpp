@@ -52,32 +52,37 @@ inline void lay_out(InputBlock<L>& to, int t, I8 q, float d) {
   to.half[1][t] = _mm256_extract_epi32(lanes, 4);
 }
 
-void quantize_block(const float* x, int64_t t, int64_t b, QuantInput& out) {
-  F8 in[4], most = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
-  for (int i = 0; i < 4; i++) {
-    in[i] = _mm256_loadu_ps(x + 8 * i);
-    most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), in[i]), most);
-    poison = _mm256_fmadd_ps(in[i], _mm256_setzero_ps(), poison);  // NaN where x is not finite
+// N (1 or 2) blocks, of one scale.
+template <int N>
+void quantize_blocks(const float* x, int64_t t, int64_t b, QuantInput& out) {
+  F8 in[N][4], most = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
+  for (int i = 0; i < 4 * N; i++) {
+    const F8 next = in[i / 4][i % 4] = _mm256_loadu_ps(x + 8 * i);
+    most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), next), most);
+    poison = _mm256_fmadd_ps(next, _mm256_setzero_ps(), poison);  // NaN where x is not finite
   }
   const float peak = biggest(most), bad = total(poison);
   const bool zero = peak < TINY || bad != bad;
-  const I8 q = to_bytes(in, _mm256_set1_ps(zero ? 0.0f : 127.0f / peak));
+  const F8 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / peak);
   const float d = (zero ? 0.0f : peak / 127.0f) + bad;
-  if (out.lanes == 1) lay_out(reinterpret_cast<InputBlock<1>*>(out.data)[t * out.blocks + b], 0, q, d);
-  else lay_out(reinterpret_cast<InputBlock<4>*>(out.data)[t / 4 * out.blocks + b], static_cast<int>(t % 4), q, d);
+  for (int i = 0; i < N; i++) {
+    const I8 q = to_bytes(in[i], inverse);
+    if (out.lanes == 1) lay_out(reinterpret_cast<InputBlock<1>*>(out.data)[t * out.blocks + b + i], 0, q, d);
+    else lay_out(reinterpret_cast<InputBlock<4>*>(out.data)[t / 4 * out.blocks + b + i], static_cast<int>(t % 4), q, d);
+  }
 }
 
 }  // namespace
 
 void avx2_quantize(const float* x, int64_t ldx, int64_t k, int64_t t0, int64_t t1, QuantInput& out) {
-  const int64_t whole = k / BLOCK;
+  const int64_t whole = k / (2 * BLOCK), left = k % (2 * BLOCK);
   for (int64_t t = t0; t < t1; t++) {
-    for (int64_t b = 0; b < whole; b++) quantize_block(x + t * ldx + b * BLOCK, t, b, out);
-    if (k % BLOCK) {
-      float rest[BLOCK] = {};
-      memcpy(rest, x + t * ldx + whole * BLOCK, static_cast<size_t>(k % BLOCK) * sizeof(float));
-      quantize_block(rest, t, whole, out);
-    }
+    for (int64_t b = 0; b < 2 * whole; b += 2) quantize_blocks<2>(x + t * ldx + b * BLOCK, t, b, out);
+    if (left == 0) continue;
+    float rest[2 * BLOCK] = {};
+    memcpy(rest, x + t * ldx + 2 * whole * BLOCK, static_cast<size_t>(left) * sizeof(float));
+    if (left > BLOCK) quantize_blocks<2>(rest, t, 2 * whole, out);
+    else quantize_blocks<1>(rest, t, 2 * whole, out);
   }
 }
 

@@ -110,7 +110,7 @@ def check(library: Library, pool: Pool, kind: str, path: str) -> float:
             x = torch.randn(t, k, generator=generator)
             seen = x.double()
             if kind not in ("F32", "F16", "BF16"):
-                parts = x.view(t, -1, 32)
+                parts = x.view(t, -1, 64)
                 most = parts.abs().amax(-1, keepdim=True)
                 codes = torch.round(parts * (torch.full_like(most, 127.0) / most))
                 seen = (codes.double() * (most / 127.0).double()).view(t, k)

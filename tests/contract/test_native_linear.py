@@ -27,6 +27,8 @@ from septet.kernels.native.pack import KINDS, PackedMatrix, Packer
 from septet.machine import usable_cpus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 BUILT = Path(os.environ.get("SEPTET_TEST_LIBRARY", FILE))
@@ -63,11 +65,12 @@ def random_blocks(kind: str, n: int, k: int, generator: torch.Generator) -> Tens
 
 
 def quantised(x: Tensor) -> Tensor:
-    """x (T, K) as the kernels see it: int8 in blocks of 32 with a float32 scale, in float64."""
-    blocks = x.view(x.shape[0], -1, 32)
+    """x (T, K) as the kernels see it: int8 with a float32 scale for each 64 (the last ones: 32), in float64."""
+    n, k = x.shape
+    blocks = torch.nn.functional.pad(x, (0, -k % 64)).view(n, -1, 64)
     most = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(most > 0, torch.full_like(most, 127.0) / most, 0.0)
-    return (torch.round(blocks * inverse).double() * (most / 127.0).double()).view(x.shape)
+    return (torch.round(blocks * inverse).double() * (most / 127.0).double()).view(n, -1)[:, :k]
 
 
 def make(packer: Packer, kind: str, n: int, k: int, generator: torch.Generator) -> tuple[PackedMatrix, Tensor]:
@@ -152,6 +155,34 @@ def test_extremes_are_exact(library: Library, pool: Pool, path: str, kind: str) 
         want = x.double() @ weight.double().T
         size = x.double().abs() @ weight.double().abs().T
         assert ((packed.linear(pool, x).double() - want).abs() <= 1e-6 * size).all(), hex(fill)
+
+
+def near_scales(n: int, k: int, far: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Q4_0 blocks whose scales are all within a factor of 8; in rows `far` one is 2**-20 of another."""
+    blocks = random_blocks("Q4_0", n, k, generator).view(n, k // 32, 18)
+    sign = torch.where(torch.rand(n, k // 32, 1, generator=generator) < 0.5, -1.0, 1.0)
+    blocks[..., :2] = (sign * (0.005 + 0.035 * torch.rand(sign.shape, generator=generator))).half().view(torch.uint8)
+    for row in far:
+        blocks[row, 0, :2] = torch.tensor([8.0 + 1 / 128]).half().view(torch.uint8)
+        blocks[row, 1, :2] = torch.tensor([2.0**-17]).half().view(torch.uint8)
+    return blocks.view(n, -1)
+
+
+@pytest.mark.parametrize("k", [32, 96, 576, 800, 1632])
+@pytest.mark.parametrize("path", PATHS)
+def test_scales_as_whole_numbers(library: Library, path: str, k: int) -> None:
+    """Scales that are whole multiples of one power of two in each row, groups with a row where not, zeros."""
+    generator = torch.Generator().manual_seed(k)
+    one, three = Pool(library, 1), Pool(library, 3)
+    blocks = near_scales(75, k, [20, 70] if k > 32 else [], generator)
+    blocks[3] = 0
+    packed, weight = Packer(library, one, path).pack(blocks, "Q4_0"), ggml.dequantize(blocks, "Q4_0", torch.float32)
+    assert torch.equal(packed.rows(torch.arange(75)), weight)
+    x = torch.randn(70, k, generator=generator)
+    whole, seen = packed.linear(three, x), quantised(x)
+    assert ((whole.double() - seen @ weight.double().T).abs() <= 1e-6 * (seen.abs() @ weight.double().abs().T)).all()
+    for start, end in ((0, 1), (1, 3), (2, 5), (4, 8), (5, 10), (9, 40)):
+        assert torch.equal(packed.linear(one, x[start:end]), whole[start:end]), (start, end)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

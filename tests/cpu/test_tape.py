@@ -231,17 +231,18 @@ class BlockSource(StateSource):
 
 
 class EightBitOps(ReferenceOps):
-    """The reference with inputs of block products rounded to int8, 32 a scale, as the native kernels do."""
+    """The reference with inputs of block products rounded to int8, 64 a scale, as the native kernels do."""
 
     block_kinds = frozenset(BLOCKS)
 
     def block_linear(self, x: Tensor, blocks: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
         if kind in ("F16", "F32"):
             return super().block_linear(x, blocks, kind, bias)
-        parts = x.view(x.shape[0], -1, 32)
+        n, k = x.shape
+        parts = torch.nn.functional.pad(x, (0, -k % 64)).view(n, -1, 64)
         scale = parts.abs().amax(-1, keepdim=True) / 127
         codes = (parts / scale.clamp(min=1e-30)).round()
-        x = (codes * scale).view(x.shape)
+        x = (codes * scale).view(n, -1)[:, :k]
         return torch.nn.functional.linear(x, ggml.dequantize(blocks, kind, torch.float32), bias)
 
 
