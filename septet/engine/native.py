@@ -6,6 +6,7 @@ torch is not imported for tokens alone, whatever their temperature, top-k, top-p
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from septet.engine.tables import RowInfo
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from septet.request import Request
     from septet.step import StepPlan
 
-__all__ = ["NativeExecutor", "asks_more"]
+__all__ = ["NativeExecutor", "asks_more", "import_torch"]
 
 
 def asks_more(request: Request) -> bool:
@@ -32,6 +33,11 @@ def asks_more(request: Request) -> bool:
     params = request.params
     plain = RowInfo(params, len(request.tokens), ()).unadjusted
     return not plain or params.prompt_logprobs is not None or bool(request.pooling)
+
+
+def import_torch() -> None:
+    """All that the runner will need, in any thread."""
+    import_module("septet.engine.runner")
 
 
 class NativeExecutor:

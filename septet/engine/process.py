@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.config import EngineConfig
-from septet.engine import compilers
 from septet.engine.frames import GAP_S
+from septet.engine.late import LateInbox
 from septet.engine.loop import EngineLoop
 from septet.engine.messages import EngineInfo, Fatal, Shutdown
 from septet.engine.wire import BlockingEnd, Disconnected, WireError
@@ -30,6 +31,7 @@ from septet.errors import InvalidRequest, SeptetError
 if TYPE_CHECKING:
     from septet.engine.executor import Executor
     from septet.engine.grammars import Grammars
+    from septet.engine.loop import Inbox
     from septet.engine.pulse import SharedPulse
     from septet.engine.scheduler import Scheduler
 
@@ -70,7 +72,6 @@ def build_engine(config: EngineConfig) -> Engine:
 
         with _header(config.model):
             executor, info = build_executor(config)
-        compilers.discard()
         grammars = Grammars(info.vocab_size, config.max_waiting)
         executor.constrain(grammars, info.vocab_size)
     try:
@@ -138,7 +139,6 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     `warm`: a model will be asked for, so what every model needs is imported while the configuration is on its way.
     """
     if warm:
-        compilers.begin_early()
         threading.Thread(target=_warm, name="imports", daemon=True).start()
     loading = pulse.beat() if pulse is not None else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -169,12 +169,27 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     if engine.grammars is not None:
         engine.grammars.notify = end.post
     loop = EngineLoop(
-        engine.scheduler, engine.executor, end, end, grammars=engine.grammars, owns_gc=True, gap_s=engine.gap_s
+        engine.scheduler,
+        engine.executor,
+        _inbox(engine, end),
+        end,
+        grammars=engine.grammars,
+        owns_gc=True,
+        gap_s=engine.gap_s,
     )
     if pulse is not None and loading is not None:
         loading.set()
         pulse.beat(loop)
     return loop.run()
+
+
+def _inbox(engine: Engine, end: BlockingEnd) -> Inbox:
+    """Where torch is not there yet, the first requests that need it wait at the door."""
+    from septet.engine.native import NativeExecutor, asks_more, import_torch
+
+    if not isinstance(engine.executor, NativeExecutor) or "torch" in sys.modules:
+        return end
+    return LateInbox(end, end.post, asks_more, import_torch)
 
 
 def _warm() -> None:
@@ -190,7 +205,6 @@ def _wake(config: EngineConfig) -> None:
     if config.device in ("auto", "cuda"):
         from septet.engine.wake import wake_gpu
 
-        compilers.begin_early()
         wake_gpu()
 
 

@@ -188,8 +188,6 @@ class Runner:
     @torch.inference_mode()
     def joined(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         """`run` after the joins, and with what the host gives in the rows."""
-        if self.sharing is not None:
-            self.sharing.follow(plan)
         usual, decode = _kind(plan.rows)
         found = self.graphs.find(plan.rows, decode) if self.graphs is not None and usual else None
         return self._eager(plan, self._picks(plan.rows), decode) if found is None else self._captured(plan, found)
