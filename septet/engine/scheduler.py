@@ -29,8 +29,9 @@ from septet.step import Join, Logprobs, PlanRow, RowResult, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Iterable
 
-    from septet.kv.cache import KVCache
+    from septet.kv.cache import KVCache, Lease
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -130,26 +131,32 @@ class Scheduler:
         Returns the sequences that want more than one token.
         """
         decodes: list[Sequence] = []
+        leases: list[Lease] = []
         prefills: list[Sequence] = []
         for seq in self._running:
-            if seq.length < seq.limit:  # else its last token is in flight
-                (decodes if seq.length - seq.planned <= 1 else prefills).append(seq)
-        slots = self.cache.grow_each([seq.lease for seq in decodes if seq.lease is not None])
+            if seq.length < seq.limit and seq.lease is not None:  # else its last token is in flight
+                if seq.length - seq.planned <= 1:
+                    decodes.append(seq)
+                    leases.append(seq.lease)
+                else:
+                    prefills.append(seq)
+        slots = self.cache.grow_each(leases)
         if slots is None:
             self._plan_scarce(draft)
             return [seq for seq in prefills if seq.lease is not None]
-        rows, step = draft.rows, draft.step
+        step, add, before = draft.step, draft.rows.append, draft.budget
         for seq, slot in zip(decodes, slots, strict=True):
             start = seq.planned
-            if not seq.joined or seq.private or start >= seq.owed:
+            if start >= seq.owed or seq.private or not seq.joined:
                 self._add(draft, seq, 1, (slot,))
                 continue
-            seq.planned, seq.length = start + 1, start + 2  # as `_add`, for the usual row: hundreds of these a step
+            seq.planned = end = start + 1  # as `_add`, for the usual row: hundreds of these a step
+            seq.length = end + 1
             seq.in_flight += 1
             seq.last_step = step
-            rows.append(PlanRow(seq.request.id, seq.row, start, 1, (slot,), 1))
-            draft.sequences.append(seq)
-            draft.budget -= 1
+            add(PlanRow(seq.id, seq.row, start, 1, (slot,), 1))
+        draft.sequences[:] = decodes  # each has one row of one token, whichever way it was added
+        draft.budget = before - len(decodes)
         return prefills
 
     def _plan_scarce(self, draft: Draft) -> None:
@@ -335,45 +342,42 @@ class Scheduler:
     def commit(self, result: StepResult) -> list[Update]:
         """The oldest plan in flight is computed: append tokens, stop, share prefixes. ValueError for another step."""
         draft = self._take(result.step)
-        results = {row.request: row for row in result.rows}
-        updates = []
-        for row, seq in zip(draft.rows, draft.sequences, strict=True):
+        updates: list[Update] = []
+        told, vocab, usual = updates.append, self.vocab_size, 0
+        for row, seq, got in zip(draft.rows, draft.sequences, _in_order(draft.rows, result.rows), strict=True):
             seq.in_flight -= 1
             if seq.ended:
                 continue
-            got = results.get(row.request, _NOTHING)
-            if (usual := self._usual(seq, row, got)) is not None:
-                updates.append(usual)
-                continue
-            fault = _fault(row, got, self.vocab_size)
-            if fault is not None:
-                updates.append(self._end(seq, FinishReason.ERROR, _error(got.error_kind, fault)))
-                continue
-            if seq.lease is not None:  # else it was preempted since: its token counts, its slots are gone
-                seq.computed = row.start + row.n
-                if row.start < seq.n_known and not seq.private:
-                    self._share(seq, row)
-            if row.n_sample and row.start + row.n < len(seq.tokens):
-                continue  # a forced token, which was told with the one before it
-            if row.n_sample or row.prompt_logprobs:
-                updates.append(self._answer(seq, row, got))
+            # Most rows of most steps: one more token behind all known ones, in the middle of an answer. What is known
+            # reaches beyond the row unless it computes the last position and samples, so `n` and `n_sample` are 1.
+            tokens, end = got.tokens, row.start + 1
+            if end == len(seq.tokens) and end > seq.n_known and len(tokens) == 1 and end + 1 < seq.limit:
+                token = tokens[0]
+                fine = got.error is None and not got.forced and not got.ended and not got.pooled
+                if fine and 0 <= token < vocab and token not in seq.stops:
+                    if seq.lease is not None:
+                        seq.computed = end
+                    seq.tokens.append(token)
+                    usual += 1
+                    told(Update(row.request, tokens, got.logprobs))
+                    continue
+            if (update := self._look_closely(seq, row, got)) is not None:
+                told(update)
+        self._tally.generated_tokens += usual
         return updates
 
-    def _usual(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update | None:
-        """What most rows of most steps come to: one more token, in the middle of an answer. None: look closely."""
-        tokens, end = got.tokens, row.start + 1
-        if row.n != 1 or len(tokens) != 1 or end != len(seq.tokens) or row.n_sample != 1 or row.start < seq.n_known:
-            return None
-        if got.error is not None or got.forced or got.ended or got.pooled or row.prompt_logprobs or not seq.answered:
-            return None
-        token = tokens[0]
-        if token in seq.stops or end + 1 >= seq.limit or not 0 <= token < self.vocab_size:
-            return None
-        if seq.lease is not None:
-            seq.computed = end
-        seq.tokens.append(token)
-        self._tally.generated_tokens += 1
-        return Update(row.request, tokens, got.logprobs)
+    def _look_closely(self, seq: Sequence, row: PlanRow, got: RowResult) -> Update | None:
+        """Whatever a row may come to."""
+        fault = _fault(row, got, self.vocab_size)
+        if fault is not None:
+            return self._end(seq, FinishReason.ERROR, _error(got.error_kind, fault))
+        if seq.lease is not None:  # else it was preempted since: its token counts, its slots are gone
+            seq.computed = row.start + row.n
+            if row.start < seq.n_known and not seq.private:
+                self._share(seq, row)
+        if row.n_sample and row.start + row.n < len(seq.tokens):
+            return None  # a forced token, which was told with the one before it
+        return self._answer(seq, row, got) if row.n_sample or row.prompt_logprobs else None
 
     def fail(self, plan: StepPlan, error: Exception) -> list[Update]:
         """The oldest plan in flight raised: its requests end with the error. ValueError for another step.
@@ -506,6 +510,14 @@ class Scheduler:
             assert seq.computed <= seq.planned <= seq.length <= seq.limit, f"counts of {seq.request.id} disagree"
         if not self._live:
             assert self.cache.leased == 0, f"{self.cache.leased} slots are leased, but no request is alive"
+
+
+def _in_order(rows: list[PlanRow], results: tuple[RowResult, ...]) -> Iterable[RowResult]:
+    """The result of each row. Where every row has one they come in this order already."""
+    if [got.request for got in results] == [row.request for row in rows]:
+        return results
+    by_request = {got.request: got for got in results}
+    return [by_request.get(row.request, _NOTHING) for row in rows]
 
 
 def _join(seq: Sequence) -> Join:

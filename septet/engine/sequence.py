@@ -51,9 +51,11 @@ class Sequence:
     answered: bool = False  # the first update is out
     ended: bool = False
     probe: tuple[int, int, int] = (-1, 0, 0)  # (cache version, held, locked): the last answer of KVCache.probe
+    id: str = field(init=False)  # the request's
     head: tuple[str, bytes] | None = field(init=False)  # salt and first tokens: who might share a prefix worth it
 
     def __post_init__(self) -> None:
+        self.id = self.request.id
         salted = (self.request.cache_salt, self.tokens[:MIN_SHARED].tobytes())
         self.head = salted if self.n_prompt > MIN_SHARED else None
 
