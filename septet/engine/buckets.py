@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["MAX_CHUNKS", "MAX_TOKENS", "Shape", "Shapes", "decode_sizes", "stand_in"]
+__all__ = ["MAX_CHUNKS", "MAX_TOKENS", "MIN_SHARING", "Shape", "Shapes", "decode_sizes", "stand_in"]
 
 MAX_TOKENS = 1024  # of a captured chunk; beyond, launching costs less than computing
+MIN_SHARING = 8  # rows of a decode step: for fewer, reading a shared context once for all does not pay
 MAX_CHUNKS = 128  # captured chunks that are kept
 CHUNK_ROWS = (4, 16, 64, 128, 256)  # of mixed steps
 FIRST_DECODES = (1, 2, 4, 8)  # captured before the engine says it is ready, beside the largest
@@ -24,12 +25,14 @@ FIRST_CHUNK = 128
 
 class Shape(NamedTuple):
     """A step of fixed size. decode: one token a row, `rows` = `tokens`. Otherwise tokens are divided among rows freely,
-    and the padding has a row of its own, not counted in `rows`. max_kv: longest context that it can read."""
+    and the padding has a row of its own, not counted in `rows`. max_kv: longest context that it can read. shared: its
+    rows have the beginning of their contexts in common (`Layout.shared`)."""
 
     decode: bool
     tokens: int
     rows: int
     max_kv: int
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,13 @@ class Shapes:
         most = min(self.max_rows, self.max_tokens)
         mixed = [self.chunk(n, min(rows, n, most), 1) for n in _MIXED for rows in CHUNK_ROWS if most > 1]
         single = [self.chunk(n, 1, context) for context in (1, self.max_len) for n in _LENGTHS]
-        return [*decodes, *_some([*mixed, *single])]
+        shared = [shape._replace(shared=True) for shape in decodes if shape.rows >= MIN_SHARING]
+        return [*decodes, *_some([*mixed, *single]), *shared]
 
     @property
     def max_graphs(self) -> int:
         """Shapes that are ever captured, at most."""
-        return len(decode_sizes(self.max_rows)) + (MAX_CHUNKS if self.max_tokens else 0)
+        return 2 * len(decode_sizes(self.max_rows)) + (MAX_CHUNKS if self.max_tokens else 0)
 
 
 @cache
@@ -96,8 +100,8 @@ def decode_sizes(max_rows: int) -> tuple[int, ...]:
 
 def stand_in(shape: Shape, captured: Iterable[Shape]) -> Shape | None:
     """The cheapest captured shape that can compute what `shape` can, if it does not waste too much."""
-    fits = [c for c in captured if c.decode == shape.decode and _holds(c, shape)]
-    return min(fits, key=lambda c: (c.tokens, c.rows, c.max_kv), default=None)
+    fits = [c for c in captured if c.decode == shape.decode and c.shared <= shape.shared and _holds(c, shape)]
+    return min(fits, key=lambda c: (c.tokens, c.rows, c.max_kv, not c.shared), default=None)
 
 
 _MIXED = (32, 64, 128, 256, 384, 512, 640, 768, MAX_TOKENS)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from septet.engine.buckets import MAX_CHUNKS, stand_in
+from septet.engine.buckets import MAX_CHUNKS, MIN_SHARING, stand_in
+from septet.engine.common import Sharing
 from septet.engine.masked import MaskBuffers
-from septet.engine.static import Machine, static_step
+from septet.engine.static import DecodeStep, Machine, static_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,6 +147,7 @@ class StepGraphs:
         self.broken = False  # a capture failed under way: what is captured serves on
         self.compiled: Callable[[], bool] = lambda: True  # a capture will not wait for a compiler
         self.staging = runner.staging
+        self.sharing = runner.sharing = Sharing()
         self._todo = shapes.usual()
         self._not_before = 0.0  # monotonic
         n_inputs, device = 5 * shapes.max_rows + 3 + 3 * shapes.max_tokens, runner.staging.device  # longest `pack`
@@ -171,8 +173,11 @@ class StepGraphs:
     def find(self, rows: Sequence[PlanRow], decode: bool) -> Captured | None:
         """What can be replayed for rows that sample one token each or none; None: run eagerly. decode: each computes
         and samples one token."""
+        n_shared = 0
         if decode:
             shape = self.shapes.decode(len(rows)) if len(rows) <= self.shapes.max_rows else None
+            if shape is not None and len(rows) >= MIN_SHARING and (n_shared := self.sharing.of(rows)):
+                shape = shape._replace(shared=True)
         else:
             n_tokens, context = sum([row.n for row in rows]), max([row.start + row.n for row in rows])
             shape = self.shapes.chunk(n_tokens, len(rows), context)
@@ -181,7 +186,12 @@ class StepGraphs:
         if shape not in self.captured:
             self.wanted[shape] += 1
             shape = stand_in(shape, self.captured)
-        return self.captured[shape] if shape is not None else None
+        if shape is None:
+            return None
+        found = self.captured[shape]
+        if isinstance(found.step, DecodeStep):
+            found.step.n_shared = n_shared
+        return found
 
     def serves(self, info: RowInfo | None) -> bool:
         """Can the captured sampler draw this row's token? (None: nobody has joined it.)"""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from septet.engine.common import Sharing
     from septet.engine.constraints import Answer, Constraints, Filling, TokenMasks
     from septet.engine.forward import Forward
     from septet.engine.graphs import Captured, StepGraphs
@@ -166,6 +167,7 @@ class Runner:
         self.rows = rows
         self.staging = staging
         self.graphs: StepGraphs | TapedSteps | None = None
+        self.sharing: Sharing | None = None  # followed where `graphs` wants to know it
         self.constraints: Constraints | None = None
         self.fetch: Callable[[Tensor], HostCopy] = HostCopy
         self.pooling = Pooling()
@@ -188,6 +190,8 @@ class Runner:
     @torch.inference_mode()
     def joined(self, plan: StepPlan) -> StepOnDevice | DrawnStep | BoundStep:
         """`run` after the joins, and with what the host gives in the rows."""
+        if self.sharing is not None:
+            self.sharing.follow(plan)
         usual, decode = _kind(plan.rows)
         found = self.graphs.find(plan.rows, decode) if self.graphs is not None and usual else None
         return self._eager(plan, self._picks(plan.rows), decode) if found is None else self._captured(plan, found)

@@ -96,14 +96,18 @@ class StaticStep:
 
 
 class DecodeStep(StaticStep):
-    """Every row computes one token and samples. Inputs: row (R,) | start (R,) | slot (R,)."""
+    """Every row computes one token and samples. Inputs: row (R,) | start (R,) | slot (R,) | and, if the shape says so,
+    how many positions the rows share (1,)."""
 
     def __init__(self, machine: Machine, shape: Shape) -> None:
         super().__init__(machine, shape)
-        self.row, self.start, self.slots = self.inputs.view(3, shape.rows)
+        self.row, self.start, self.slots = self.inputs[: 3 * shape.rows].view(3, shape.rows)
+        self.shared = self.inputs[3 * shape.rows :] if shape.shared else None
+        self.n_shared = 0  # for the next `pack`
 
     def pack(self, rows: Sequence[PlanRow], out: np.ndarray) -> None:
-        n, table = len(rows), out.reshape(3, -1)
+        n, table = len(rows), out[: 3 * self.shape.rows].reshape(3, -1)
+        out[3 * self.shape.rows :] = self.n_shared
         table[0, :n] = [row.row for row in rows]
         table[1, :n] = [row.start for row in rows]
         table[2, :n] = [row.slots[0] for row in rows]
@@ -114,6 +118,7 @@ class DecodeStep(StaticStep):
         ids, layout = lay_out_decode(
             self.machine.ops, self.machine.rows, self.row, self.start, self.slots, self.shape.max_kv
         )
+        layout.shared = self.shared
         self.length = layout.kv_len  # start + 1; kept, so that what `draw` reads is not given to others of the pool
         return ids, layout, None
 
@@ -157,7 +162,7 @@ class ChunkStep(StaticStep):
         slots[:n_tokens], slots[n_tokens:] = [slot for row in rows for slot in row.slots], 0
 
     def lay_out(self) -> tuple[Tensor, Layout, Tensor]:
-        rows, (_, tokens, _, max_kv) = self.machine.rows, self.shape
+        rows, tokens, max_kv = self.machine.rows, self.shape.tokens, self.shape.max_kv
         ids, _ = self.machine.ops.place_write(rows.tokens, rows.slot_of, self.token_row, self.positions, self.slots)
         layout = Layout(
             self.positions, self.slots, self.rows, self.q_start, self.kv_len, rows.slot_of, tokens, max_kv
@@ -185,4 +190,4 @@ def static_step(machine: Machine, shape: Shape) -> StaticStep:
 
 
 def input_length(shape: Shape) -> int:
-    return 3 * shape.rows if shape.decode else 5 * shape.rows + 3 + 3 * shape.tokens
+    return 3 * shape.rows + shape.shared if shape.decode else 5 * shape.rows + 3 + 3 * shape.tokens

@@ -40,6 +40,9 @@ class Layout:
     slot_of: Tensor  # (max_rows, max_len) int32
     max_q: int  # longest q_len; 1 = a pure decode step. Host integer, an upper bound
     max_kv: int  # host integer, an upper bound of kv_len
+    shared: Tensor | None = (
+        None  # (1,) int64: positions 0 .. shared - 1 of all rows that are so long lie in the same slots
+    )
 
 
 @dataclass(slots=True)

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from septet.kernels.triton import act, attention, decode, embed, gemv, norm, qkv, sample, skinny
-from septet.kernels.triton.tiles import choose, decode_splits, decode_tile
+from septet.kernels.triton import act, attention, decode, embed, gemv, norm, prefix, qkv, sample, skinny
+from septet.kernels.triton.tiles import choose, decode_splits, decode_tile, prefix_tile
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
 KINDS = {"top_ptr": F32, "total_ptr": F32, "acc_ptr": F32, "value_ptr": F32, "temperature_ptr": F32}
 KINDS |= {"cos_sin_ptr": F32, "logits_ptr": F32, "index_ptr": I32, "q_start_ptr": I32, "kv_len_ptr": I32}
-KINDS |= {"arrived_ptr": I32, "line_ptr": I64}
+KINDS |= {"arrived_ptr": I32, "line_ptr": I64, "shared_ptr": I64}
+KINDS |= {"pre_acc_ptr": F32, "pre_top_ptr": F32, "pre_total_ptr": F32}
 KINDS |= {"slot_of_ptr": I32, "ids_ptr": I64, "slots_ptr": I64, "positions_ptr": I64, "rows_ptr": I64, "seeds_ptr": I64}
 FLOATS = {"eps", "scale", "cap"}
 ALIGNED = {
@@ -101,7 +103,16 @@ def skinny_of(n_out: int, n_in: int, rows: int, act: bool = False) -> dict[str, 
     return compile_one(skinny._skinny_kernel, const, s.num_warps, out_ptr=BF16 if s.splits == 1 else F32)
 
 
-def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str, Any]:
+def prefix_of(rows: int, dim: int, parts: int) -> dict[str, Any]:
+    t = prefix_tile(rows, 8, 4, 2 * dim, 132)
+    const = {"G": 8, "E": dim, "RATIO": 4, "HEADS": 4, "SHARES": t.shares, "PARTS": parts, "BLOCK_M": t.block_m}
+    const |= {"BLOCK_N": t.block_n, "BLOCK_E": dim, "STAGES": t.num_stages, "KIND": tl.bfloat16, "NORM": False}
+    kind = BF16 if parts == 1 else F32
+    const |= {"CAP": False, "PDL": True}
+    return compile_one(prefix._prefix_kernel, const, t.num_warps, qkv_ptr=kind, acc_ptr=F32, shared_ptr=I64)
+
+
+def decode_of(rows: int, dim: int, parts: int, extras: bool = False, shared: bool = False) -> dict[str, Any]:
     splits = decode_splits(rows, 8, 8192, 132)
     t = decode_tile(8 * rows, 2 * dim, 132)
     const = {"G": 8, "E": dim, "RATIO": 4, "SPLITS": splits, "PARTS": parts, "BLOCK_M": 16, "BLOCK_N": t.block_n}
@@ -111,6 +122,9 @@ def decode_of(rows: int, dim: int, parts: int, extras: bool = False) -> dict[str
         "LEAST": t.least,
         "PRELOAD": t.preload,
         "AHEAD": rows == 1,
+        "SHARES": prefix_tile(rows, 8, 4, 2 * dim, 132).shares if shared else 0,
+        "HEADS": 4,
+        "SHARED_BLOCK": 64,
         "NORM": extras,
         "WINDOW": extras,
     }
@@ -151,6 +165,9 @@ def main() -> None:
                 "decode 1 row": decode_of(1, 64, 1),
                 "decode 32 rows of parts": decode_of(32, 128, 4),
                 "decode 64 rows": decode_of(64, 128, 1),
+                "decode 64 rows after a prefix": decode_of(64, 128, 1, shared=True),
+                "prefix of 64 rows": prefix_of(64, 128, 1),
+                "prefix of 16 rows of parts": prefix_of(16, 64, 4),
                 "decode 128 rows, norms, window, cap": decode_of(128, 128, 1, extras=True),
                 "attention decode, 1 row": attention_of(1, 1, 64),
                 "attention decode, 64 rows": attention_of(64, 64, 128),

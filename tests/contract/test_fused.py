@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,8 +29,11 @@ pytestmark = [
 ]
 
 
-def layer(ops: Ops, inputs: Inputs, lengths: list[int], kind: str, dim: int) -> dict[str, torch.Tensor]:
-    """Random weights of one layer and a head, and a decode step over contexts of these lengths."""
+def layer(
+    ops: Ops, inputs: Inputs, lengths: list[int], kind: str, dim: int, shared: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random weights of one layer and a head, and a decode step over contexts of these lengths, of which the first
+    `shared` positions lie in the same slots."""
     norms = kind == "gelu"  # and per-head norms, a window, biases and a soft cap
     x, residual = inputs.normal(len(lengths), D), inputs.normal(len(lengths), D)
     w1, w2, w3 = (1 + inputs.normal(D) / 4 for _ in range(3))
@@ -38,6 +42,11 @@ def layer(ops: Ops, inputs: Inputs, lengths: list[int], kind: str, dim: int) -> 
     gate_up, down, head = inputs.normal(2 * F, D) / 16, inputs.normal(D, F) / 16, inputs.normal(V, D) / 16
     bias = [inputs.normal(n) if norms else None for n in ((H + 2 * G) * dim, D, 2 * F)]
     layout, _ = make_step(inputs, [1] * len(lengths), lengths)
+    if shared:
+        for row, length in zip(layout.rows.tolist()[1:], lengths[1:], strict=True):
+            if length > shared:
+                layout.slot_of[row, :shared] = layout.slot_of[layout.rows[0], :shared]
+        layout = replace(layout, shared=torch.tensor([shared], device=DEVICE))
     n_slots = int(layout.slot_of.max()) + 1
     kv = LayerKV(inputs.normal(n_slots, G, dim), inputs.normal(n_slots, G, dim))
     angles = torch.arange(max(lengths) + 1)[:, None] * torch.linspace(1, 0.01, dim // 2)
@@ -87,6 +96,29 @@ def test_a_layer_in_a_decode_step(
             got[name].double(), want[name].double(), rtol=limit, atol=limit, msg=partial(_says, name)
         )
     assert ops._arrived is None or not ops._arrived.any(), "counters are left as they were found"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "n_sms", "dim"), [("plain", 4, 64), ("plain", 64, 64), ("plain", 132, 80), ("gelu", 1, 64)]
+)
+@pytest.mark.parametrize("shared", [256, 129] + [1024] * ON_GPU)
+def test_a_decode_step_of_rows_with_one_beginning(
+    seed: int, dtype: torch.dtype, kind: str, n_sms: int, dim: int, shared: int
+) -> None:
+    """What all rows share is read once for many of them; a row that ends before it, as padding does, is not touched;
+    one with a window reads its own. 0 is what a step says whose rows share nothing."""
+    lengths = [shared + 90, shared + 1, 1, shared, shared + 301, *([shared + 2] * 17 if shared < 256 or ON_GPU else [])]
+    if ON_GPU:
+        lengths += [shared + 7 * i for i in range(1, 40)]
+    ops = pytest.importorskip("septet.kernels.triton").TritonOps(n_sms=n_sms)
+    want = layer(ReferenceOps(), Inputs(seed, DEVICE, dtype), lengths, kind, dim, shared)
+    got = layer(ops, Inputs(seed, DEVICE, dtype), lengths, kind, dim, shared)
+    limit = TOLERANCE[dtype] * 4
+    for name in want:
+        torch.testing.assert_close(
+            got[name].double(), want[name].double(), rtol=limit, atol=limit, msg=partial(_says, name)
+        )
 
 
 def test_small_steps_are_fused_and_large_ones_are_not(seed: int) -> None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from septet.engine.buckets import MAX_TOKENS, Shape, Shapes, decode_sizes, stand_in
+from septet.engine import common
+from septet.engine.buckets import MAX_TOKENS, MIN_SHARING, Shape, Shapes, decode_sizes, stand_in
 from septet.engine.forward import EagerForward
 from septet.engine.graphs import StepGraphs
-from septet.engine.static import ChunkStep, StaticStep
+from septet.engine.static import ChunkStep, DecodeStep, StaticStep
 from septet.request import Request, SamplingParams
 from septet.step import PlanRow
 from tests import tiny
@@ -105,6 +106,39 @@ def test_sampling_of_every_kind_after_a_captured_chunk(model: Path) -> None:
         pass
     assert answers(engine) == answers(start(model, "reference"))
     assert not all(shape.decode for shape in replays.ran)
+
+
+def test_steps_over_one_beginning_say_so_and_it_is_true(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that share their first slots are told as such, no matter which of them computed these, or comes and goes."""
+    monkeypatch.setattr(common, "MIN_POSITIONS", 16)
+    told, lay_out = [], DecodeStep.lay_out
+
+    def checked(step: DecodeStep) -> Any:
+        ids, layout, wanted = lay_out(step)
+        if layout.shared is not None:
+            told.append(n := int(layout.shared))
+            longer = layout.rows[layout.kv_len > n]
+            assert len(longer) >= min(MIN_SHARING, len(layout.rows)) or not n
+            assert bool((layout.slot_of[longer, :n] == layout.slot_of[longer[0], :n]).all())
+        return ids, layout, wanted
+
+    monkeypatch.setattr(DecodeStep, "lay_out", checked)
+    rng = random.Random(3)
+    system = [rng.randrange(300) for _ in range(40)]
+    asked = [[*system, *(rng.randrange(300) for _ in range(1 + i % 5))] for i in range(MIN_SHARING + 3)]
+    settings = {"max_num_seqs": MIN_SHARING + 3}
+    want = ask(start(model, "reference", **settings), asked, 24, stagger=2)
+    engine, graphs, replays = with_graphs(model, **settings)
+    while graphs.spare(busy=False):
+        pass
+    told.clear()
+    assert ask(engine, asked, 24, stagger=2) == want
+    assert max(told) >= 32, "nearly all of the 40 positions"
+    assert any(shape.shared for shape in replays.ran)
+    told.clear()
+    apart = [[i, *prompt] for i, prompt in enumerate(asked)]
+    assert ask(engine, apart, 24, stagger=2) == ask(start(model, "reference", **settings), apart, 24, stagger=2)
+    assert not any(told)
 
 
 @torch.inference_mode()

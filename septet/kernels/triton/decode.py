@@ -1,10 +1,11 @@
 """Attention of a decode step from the QKV product on: norm, rotation, KV write, attention, merge, in one kernel.
 
 Called by `TritonOps` where every row computes one token: what qkv.py and attention.py do in three kernels. A program
-takes one KV head of one row and a share of its context; its first keys and values, and their slots, are loaded before
-the predecessor has ended (pdl.py: all but this step's token was written by earlier steps). The step's own key and value
-never make the way through memory: the first program of a row folds them in from registers, and writes them to the
-pool. The last program of a row to arrive merges the shares (a counter in memory; arXiv 2205.14135 for the softmax).
+takes one KV head of one row and a share of its context (what all rows share is left to prefix.py); its first keys and
+values, and their slots, are loaded before the predecessor has ended (pdl.py: all but this step's token was written by
+earlier steps). The step's own key and value never make the way through memory: the first program of a row folds them in
+from registers, and writes them to the pool. The last program of a row to arrive merges the shares (a counter in memory;
+arXiv 2205.14135 for the softmax).
 """
 # mypy: allow-untyped-defs
 # (a kernel's parameters are device pointers and scalars, typed by the launch)
@@ -20,93 +21,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from septet.kernels.triton.attention import LOG2_E
+from septet.kernels.triton.heads import capped, fold, keys, read, rotated, score_of
 from septet.kernels.triton.pdl import launch_options, overlaps, prefetch
+from septet.kernels.triton.prefix import with_prefix
 from septet.kernels.triton.tiles import decode_splits, decode_tile
 
 if TYPE_CHECKING:
     from septet.kernels.ops import LayerKV, Layout
+    from septet.kernels.triton.prefix import SharedStates
     from septet.kernels.triton.tiles import DecodeTile
 
 __all__ = ["decode_attention"]
 
 BLOCK_M = 16  # rows of the smallest matrix instruction: the query heads of one KV head, the rest idle
-
-
-@triton.jit
-def _read(qkv_ptr, line, at, tile, PARTS: tl.constexpr, part_stride, KIND: tl.constexpr):
-    """Elements of the QKV product, summed over its float32 parts and rounded as one product would be."""
-    if PARTS == 1:
-        return tl.load(qkv_ptr + line + at, mask=tile, other=0.0).to(tl.float32)
-    x = tl.load(qkv_ptr + line + at, mask=tile, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        x += tl.load(qkv_ptr + part * part_stride + line + at, mask=tile, other=0.0)
-    return x.to(KIND).to(tl.float32)
-
-
-@triton.jit
-def _rotated(
-    qkv_ptr, line, at, inside, half: tl.constexpr, cos, sin, norm_ptr, eps, E: tl.constexpr, NORM: tl.constexpr,
-    PARTS: tl.constexpr, part_stride, KIND: tl.constexpr,
-):  # fmt: skip
-    """Heads at `line` (heads, 1): both halves (heads, E / 2), normed and rotated, in KIND."""
-    a = _read(qkv_ptr, line, at, inside, PARTS, part_stride, KIND)
-    b = _read(qkv_ptr, line, half + at, inside, PARTS, part_stride, KIND)
-    if NORM:  # rounded to the compute dtype before the rotation, as the reference does
-        inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
-        a = (a * inverse * tl.load(norm_ptr + at, mask=at < half, other=0.0).to(tl.float32)).to(KIND).to(tl.float32)
-        b = (b * inverse * tl.load(norm_ptr + half + at, mask=at < half, other=0.0).to(tl.float32)).to(KIND)
-        b = b.to(tl.float32)
-    return (a * cos - b * sin).to(KIND), (b * cos + a * sin).to(KIND)
-
-
-@triton.jit
-def _keys(k_ptr, v_ptr, slot_of_ptr, start, hi, at, e, k_stride, v_stride, E: tl.constexpr, BLOCK_N: tl.constexpr,
-          HOLES: tl.constexpr):  # fmt: skip
-    """Keys (both halves) and values of positions start .. min(start + BLOCK_N, hi) - 1, and which these are.
-
-    Beyond: zeros if HOLES, else position hi - 1 again, which there must be; that needs no mask.
-    """
-    half: tl.constexpr = E // 2
-    n = start + tl.arange(0, BLOCK_N)
-    here = n < hi
-    if HOLES:
-        slot = tl.load(slot_of_ptr + n, mask=here, other=0).to(tl.int64)
-    else:
-        slot = tl.load(slot_of_ptr + tl.minimum(n, hi - 1)).to(tl.int64)
-    k_at, v_at = k_ptr + slot[:, None] * k_stride + at, v_ptr + slot[:, None] * v_stride + e
-    if HOLES or e.shape[1] != E:
-        inside = here[:, None] if HOLES else slot[:, None] >= 0
-        tile = inside & (at < half)
-        first = tl.load(k_at, mask=tile, other=0.0)
-        return first, tl.load(k_at + half, mask=tile, other=0.0), tl.load(v_at, mask=inside & (e < E), other=0.0), here
-    return tl.load(k_at), tl.load(k_at + half), tl.load(v_at), here
-
-
-@triton.jit
-def _fold(acc, top, total, score, v, KIND: tl.constexpr):
-    """Scores (M, N) in base 2, -inf = not seen, and values (N, E) into the softmax state."""
-    new_top = tl.maximum(top, tl.max(score, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weight = tl.exp2(score - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(KIND), v.to(KIND), acc * fade[:, None], input_precision="ieee")
-    return acc, new_top, total
-
-
-@triton.jit
-def _score(q1, q2, k1, k2, here, scale, cap, CAP: tl.constexpr):
-    score = tl.dot(q1, tl.trans(k1).to(q1.dtype), input_precision="ieee")
-    score = tl.dot(q2, tl.trans(k2).to(q2.dtype), score, input_precision="ieee") * scale
-    if CAP:
-        score = _capped(score, cap)
-    return tl.where(here[None, :], score, float("-inf"))
-
-
-@triton.jit
-def _capped(score, cap):
-    """cap * tanh(score / cap) in base 2, as attention.py."""
-    return cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(score * (2.0 / cap)) + 1.0))
 
 
 @triton.jit
@@ -129,9 +56,9 @@ def _own_token(
     half: tl.constexpr = E // 2
     one, at, e = tl.arange(0, 1)[:, None], tl.arange(0, HALF)[None, :], tl.arange(0, BLOCK_E)[None, :]
     own = (one == 0) & (at < half)
-    k1, k2 = _rotated(qkv_ptr, head + one * E, at, own, half, cos, sin, norm_ptr, eps, E, NORM, PARTS, part_stride,
+    k1, k2 = rotated(qkv_ptr, head + one * E, at, own, half, cos, sin, norm_ptr, eps, E, NORM, PARTS, part_stride,
                       KIND)  # fmt: skip
-    v = _read(qkv_ptr, head + G * E + one * E, e, e < E, PARTS, part_stride, KIND)
+    v = read(qkv_ptr, head + G * E + one * E, e, e < E, PARTS, part_stride, KIND)
     k1, k2 = k1.to(k_at.dtype.element_ty), k2.to(k_at.dtype.element_ty)
     tl.store(k_at + at, k1, mask=own)
     tl.store(k_at + half + at, k2, mask=own)
@@ -139,7 +66,7 @@ def _own_token(
     score = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
     score = score * scale
     if CAP:
-        score = _capped(score, cap)
+        score = capped(score, cap)
     new_top = tl.maximum(top, score)
     fade, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
     acc = acc * fade[:, None] + weight.to(KIND).to(tl.float32)[:, None] * v
@@ -183,17 +110,20 @@ def _merge_shares(
 @triton.jit(do_not_specialize=["eps", "window", "scale", "cap"])
 def _decode_kernel(
     qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
-    slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, next_ptr, next_lines, eps, window, scale, cap, part_stride,
+    slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, next_ptr, shared_ptr, pre_acc_ptr, pre_top_ptr, pre_total_ptr,
+    next_lines, eps, window, scale, cap, part_stride,
     k_stride, v_stride, slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-    LEAST: tl.constexpr, PRELOAD: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, PRELOAD: tl.constexpr, AHEAD: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr,
+    SHARED_BLOCK: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
     arrived (R, G) int32: zero, and left zero. LEAST: tokens of a share but for the last one; whole turns. AHEAD: one
-    row; programs without a share prefetch the constant `next`.
+    row; programs without a share prefetch the constant `next`. SHARES: parts of a shared context, whose softmax states
+    prefix.py has left in pre_acc, pre_top and pre_total; 0: none. A row that ends before it, as padding does, reads
+    nothing of it.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half: tl.constexpr = E // 2
@@ -204,6 +134,10 @@ def _decode_kernel(
     slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
     key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
+    if SHARES:
+        shared = tl.load(shared_ptr).to(tl.int32)
+        shared = tl.where(shared <= past, shared, 0)
+        key_lo = shared
     share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
     if split >= used:  # the others' waiting keeps the order
@@ -213,27 +147,30 @@ def _decode_kernel(
     lo, hi = key_lo + split * share, tl.minimum(key_lo + (split + 1) * share, past)
     k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
     if PRELOAD:
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, E, BLOCK_N, True)
+        k1, k2, v, here = keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, E, BLOCK_N, True)
     slot, line = tl.load(slots_ptr + row), row.to(tl.int64) * ((RATIO + 2) * G * E)
     angle = cos_sin_ptr + past.to(tl.int64) * E + at
     cos, sin = tl.load(angle, mask=at < half, other=0.0), tl.load(angle + half, mask=at < half, other=0.0)
     if PDL:
         gdc_wait()
-    q1, q2 = _rotated(qkv_ptr, line + (kv_head * RATIO + m) * E, at, (m < RATIO) & (at < half), half, cos, sin,
-                      q_norm_ptr, eps, E, NORM, PARTS, part_stride, KIND)  # fmt: skip
+    q1, q2 = rotated(qkv_ptr, line + (kv_head * RATIO + m) * E, at, (m < RATIO) & (at < half), half, cos, sin,
+                     q_norm_ptr, eps, E, NORM, PARTS, part_stride, KIND)  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     if PRELOAD:
-        acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
+        acc, top, total = fold(acc, top, total, score_of(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
         lo += BLOCK_N
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        k1, k2, v, here = _keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, E, BLOCK_N, False)
-        acc, top, total = _fold(acc, top, total, _score(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
+        k1, k2, v, here = keys(k_head, v_head, slot_line, start, hi, at, e, k_stride, v_stride, E, BLOCK_N, False)
+        acc, top, total = fold(acc, top, total, score_of(q1, q2, k1, k2, here, scale, cap, CAP), v, KIND)
     if split == 0:
         acc, top, total = _own_token(
             acc, top, total, q1, q2, qkv_ptr, line + (RATIO * G + kv_head) * E, k_head + slot * k_stride,
             v_head + slot * v_stride, cos, sin, k_norm_ptr, eps, scale, cap, part_stride, G, E, NORM, CAP, PARTS, KIND,
         )  # fmt: skip
+        if SHARES:
+            acc, top, total = with_prefix(acc, top, total, pre_acc_ptr, pre_top_ptr, pre_total_ptr, row * G + kv_head,
+                                          shared, SHARES, HEADS, RATIO, SHARED_BLOCK)  # fmt: skip
     out_at = out_ptr + row.to(tl.int64) * (G * RATIO * E) + (kv_head * RATIO + m) * E + e
     out_tile = (m < RATIO) & (e < E)
     if SPLITS == 1 or used == 1:
@@ -264,11 +201,13 @@ def decode_attention(
     n_sms: int,
     ahead: Tensor | None = None,
     tile: DecodeTile | None = None,
+    prefix: SharedStates | None = None,
 ) -> Tensor:
     """qkv (R, (H + 2G) E), or its float32 parts (P, R, ...) -> (R, H E) in `dtype`; one token a row.
 
     Writes the tokens' keys and values to `kv`. ahead: the weight that the next kernel reads. arrived: int32 zeros, at
-    least R * G; zeros again afterwards. The rest as in `Ops.qkv_write` and `Ops.attention`.
+    least R * G; zeros again afterwards. prefix: of the shared context, which is then not read; not with a window. The
+    rest as in `Ops.qkv_write` and `Ops.attention`.
     """
     n_kv, dim = kv.k.shape[1:]
     parts, n_rows, width = (1, *qkv.shape) if qkv.dim() == 2 else qkv.shape
@@ -287,13 +226,19 @@ def decode_attention(
     norm = q_norm is not None and k_norm is not None
     prefetches = ahead is not None and _worth_fetching(ahead) and n_rows == 1 and splits > 1 and overlaps()
     weight = ahead if ahead is not None else qkv
+    states = (
+        (prefix.shared, prefix.acc, prefix.top, prefix.total) if prefix is not None else (layout.kv_len, out, out, out)
+    )
+    assert prefix is None or window is None
     _decode_kernel[(n_kv, n_rows, splits)](
         qkv, out, acc, top, total, arrived, kv.k, kv.v, layout.rows, layout.kv_len, layout.slots, layout.slot_of,
         cos_sin, q_norm if norm else qkv, k_norm if norm else qkv, weight,
-        weight.numel() * weight.element_size() // 128, eps, 0 if window is None else window,
+        *states, weight.numel() * weight.element_size() // 128, eps, 0 if window is None else window,
         scale * LOG2_E, soft_cap, n_rows * width, kv.k.stride(0), kv.v.stride(0), layout.slot_of.stride(0),
         G=n_kv, E=dim, RATIO=ratio, SPLITS=splits, PARTS=parts, BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_E=block_e,
-        STAGES=t.num_stages, LEAST=t.least, PRELOAD=t.preload, AHEAD=prefetches, NORM=norm, WINDOW=window is not None,
+        STAGES=t.num_stages, LEAST=t.least, PRELOAD=t.preload, AHEAD=prefetches,
+        SHARES=prefix.parts if prefix is not None else 0, HEADS=prefix.heads if prefix is not None else 1,
+        SHARED_BLOCK=prefix.block if prefix is not None else 1, NORM=norm, WINDOW=window is not None,
         CAP=soft_cap != 0.0, num_warps=t.num_warps, **launch_options(),
     )  # fmt: skip
     return out

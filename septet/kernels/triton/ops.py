@@ -27,6 +27,7 @@ from septet.kernels.triton.gemv import gemv
 from septet.kernels.triton.lazy import Attended, Gated, Normed, Product, Rotated
 from septet.kernels.triton.mask import apply_mask
 from septet.kernels.triton.norm import add_rms_norm, rms_norm, sum_parts
+from septet.kernels.triton.prefix import prefix_attention
 from septet.kernels.triton.qkv import qkv_write
 from septet.kernels.triton.sample import argmax, draw, gumbel_argmax, place
 
@@ -164,9 +165,15 @@ class TritonOps(ReferenceOps):
         q = a.q
         qkv = self._product(q.qkv) if isinstance(q.qkv, Product) else q.qkv
         dtype = q.qkv.weight.dtype if isinstance(q.qkv, Product) else qkv.dtype
+        prefix = None
+        if a.window is None:
+            q_norm = q.q_norm if q.k_norm is not None else None
+            prefix = prefix_attention(
+                qkv, q.kv, q.layout, q.cos_sin, q_norm, q.eps, a.scale, a.soft_cap, dtype, self.n_sms
+            )
         return decode_attention(
             qkv, q.kv, q.layout, q.cos_sin, q.q_norm, q.k_norm, q.eps, a.scale, a.window, a.soft_cap, dtype,
-            self._counters(qkv.device), self.n_sms, ahead,
+            self._counters(qkv.device), self.n_sms, ahead, prefix=prefix,
         )  # fmt: skip
 
     def _counters(self, device: torch.device) -> Tensor:

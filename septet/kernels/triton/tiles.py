@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["DecodeTile", "Tiles", "choose", "decode_splits", "decode_tile"]
+__all__ = ["DecodeTile", "PrefixTile", "Tiles", "choose", "decode_splits", "decode_tile", "prefix_tile"]
 
 SMALL_M = 16  # rows of the smallest matrix instruction
 MAX_SPLITS = 64
@@ -55,7 +55,9 @@ def _query_rows(wanted: int, block_d: int, item_size: int) -> int:
         return SMALL_M
     if item_size == 4:
         return 32
-    return 128 if wanted >= 512 and block_d <= 128 else 64
+    if block_d == 128 and wanted >= 256:
+        return 256
+    return 128 if wanted >= 512 and block_d < 128 else 64
 
 
 def choose(
@@ -77,9 +79,9 @@ def choose(
     block_n = 64 if block_d * item_size <= 256 else 32
     turn = 2 * block_n * block_d * item_size  # bytes of K and V in one turn
     num_stages = max(min(PIPELINE_BYTES // turn, STAGES), 2)
-    # 128 rows of heads of 128 in 4 warps spill registers: at 3 stages these still were faster than 8 warps (369 against
-    # 337 TFLOP/s on an H100), which waited for each turn's loads; with the loads ahead they do not.
-    num_warps = 8 if block_m == 128 or (block_m == 64 and block_d > 128) else 4
+    # One warp group for 64 rows. H100, two prompts of 4,096, heads of 128: 435 TFLOP/s with 256 rows, 376 with 128 (and
+    # 128 tokens a turn), 362 with 64; heads of 64: 382 with 128 rows, 351 with 64, 342 with 256.
+    num_warps = max(block_m // 16, 4) if block_d <= 128 else 8
     tiles = Tiles(decode, block_m, block_n, block_d, 1, num_warps, num_stages, ratio)
     return replace(tiles, splits=_splits(tiles.n_blocks(n_tokens, n_rows) * n_kv, max_context, n_sms))
 
@@ -109,30 +111,47 @@ class DecodeTile:
 
 
 def decode_tile(n_pairs: int, row_bytes: int, n_sms: int) -> DecodeTile:
-    """Few programs live on latency, many on bandwidth: then registers are better spent on more of them at once.
-    n_pairs: rows x KV heads; row_bytes: of one key of one head, padded to a power of two.
+    """n_pairs: rows x KV heads; row_bytes: of one key of one head, padded to a power of two.
 
-    The first line was measured on an H100, for contexts of one turn. The others hold contexts of many turns, and load
-    ahead: a program that waits for each turn takes so long for a long row that the others are done before it.
+    A turn as long as registers hold, its first one loaded before the predecessor has ended, is best for few programs
+    and for small heads; many rows of large heads want shared memory, two turns ahead. H100, heads of 128, microseconds
+    of a layer for 8, 32, 64 and 140 rows: 7.9, 18.5, 109 and 188 the first way, 10.9, 21.7, 115 and 185 the second.
     """
 
     def tokens(n_bytes: int, most: int) -> int:
         """Of which K and V alone are n_bytes."""
         return max(min(n_bytes // row_bytes, most), 32)
 
-    few, many = tokens(1 << 15, 128), tokens(1 << 13, 64)
-    if 4 * n_pairs <= n_sms:
-        return DecodeTile(few, 2, 4, True, few)
-    ahead = STAGES if 3 * 2 * many * row_bytes <= PIPELINE_BYTES else 3  # what is ahead lies in three buffers
-    if n_pairs <= 2 * n_sms:
-        return DecodeTile(tokens(1 << 14, 64), ahead, 4, True, 128 if n_pairs <= n_sms else 256)
-    if n_pairs <= WAVE * n_sms:
-        small = row_bytes <= 128  # larger heads have no registers left for a turn of their own, four programs wanted
-        return DecodeTile(many, ahead, 4, small, 512)
-    return DecodeTile(many, ahead, 2, False, 512)
+    first, ahead = tokens(1 << 15, 128), tokens(1 << 14, 64)
+    if n_pairs <= WAVE * n_sms or row_bytes <= 128:
+        return DecodeTile(first, 2, 4, True, first if n_pairs <= n_sms else 512)
+    stages = STAGES if 3 * 2 * ahead * row_bytes <= PIPELINE_BYTES else 3  # what is ahead lies in three buffers
+    return DecodeTile(ahead, stages, 2, False, 512)
 
 
 def decode_splits(n_rows: int, n_kv: int, max_context: int, n_sms: int) -> int:
     """A power of two that fills one wave of programs. How many of them get a share of a row, its length decides."""
     wanted = min(WAVE * n_sms // max(n_rows * n_kv, 1), -(-max_context // SPLIT_TOKENS), MAX_SHARES)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+
+
+# -- the shared context of a decode step -------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class PrefixTile:
+    """block_m query heads of a group of rows, block_n tokens of context a turn, shares of the context."""
+
+    block_m: int
+    block_n: int
+    shares: int
+    num_warps: int
+    num_stages: int
+
+
+def prefix_tile(n_rows: int, n_kv: int, heads: int, row_bytes: int, n_sms: int) -> PrefixTile:
+    """heads: query heads of a KV head, padded to a power of two; row_bytes as in `decode_tile`. Two programs for each
+    multiprocessor, as far as the context is long enough."""
+    block_m = max(min(64, _pow2(n_rows * heads)), SMALL_M, heads)
+    programs = -(-n_rows * heads // block_m) * n_kv
+    shares = min(max(2 * n_sms // programs, 1), MAX_SHARES)
+    block_n = max(min((1 << 14) // row_bytes, 64), 32)
+    return PrefixTile(block_m, block_n, 1 << (shares.bit_length() - 1), 4, 3)
