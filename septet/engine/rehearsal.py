@@ -2,17 +2,18 @@
 
 Called by `build.py` before the weights are loaded, on a GPU. A model of the same shape, with as many layers as there
 are kinds of them, lives on torch's meta device: no memory, no values. Its steps run with a hook that notes each kernel
-that Triton would compile and skips the launch; the notes are then compiled by threads while the weights arrive. What is
-missed here is compiled at its first launch, as ever. Knows no kernel by name.
+that Triton would compile and skips the launch; what is noted is compiled by processes (`compilers.py`) while the
+weights arrive, and by threads where there are none. What is missed here is compiled at its first launch, as ever, and
+named in the log's details. Knows no kernel by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -23,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from septet import kernels
+from septet.engine import compilers
 from septet.engine.buckets import Shape
+from septet.engine.compilers import FIRST, Compilers, kernel_directory
 from septet.engine.masked import MaskBuffers
+from septet.engine.missed import Missed
 from septet.engine.rows import Rows
 from septet.engine.static import Machine, input_length, static_step
-from septet.hub.store import home_directory
 from septet.kernels.ops import LayerKV
 from septet.layers.build import Build
 from septet.machine import usable_cpus
@@ -36,7 +39,7 @@ from septet.quant.none import Dense
 from septet.quant.scheme import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["Rehearsal", "kernel_directory", "needed_kernels"]
 
 MAX_THREADS = 16
+THREADS = "kernels"  # their names
+SLOWEST = 5  # kernels that are named in the log's details
+LATER_PROCESSES, NICE = 2, 15  # for what is compiled behind traffic
 SWITCH_S = 0.0003  # seconds a thread that compiles may keep the interpreter while one that loads or serves wants it
 PROMPTS = (
     (1024, 1),
@@ -55,22 +61,6 @@ PROMPTS = (
 META = torch.device("meta")
 
 log = logging.getLogger(__name__)
-
-
-def kernel_directory(card: str) -> Path | None:
-    """Where compiled kernels stay, by Triton's version and card: in our store, unless the user has said where. None:
-    nowhere that can be written."""
-    import triton
-
-    given = os.environ.get("TRITON_CACHE_DIR")
-    directory = Path(given) if given else home_directory() / "kernels" / f"triton-{triton.__version__}-{card}"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        log.info("compiled kernels stay where Triton keeps them: %s", error.strerror)
-        return None
-    os.environ["TRITON_CACHE_DIR"] = str(directory)
-    return directory
 
 
 class Rehearsal:
@@ -84,12 +74,13 @@ class Rehearsal:
         self._what = (config, ops, dtype, shapes)
         self._stamp = directory / f"rehearsed-{_digest(config, dtype, shapes)}" if directory else None
         self._cancelled = False
-        self._pool = ThreadPoolExecutor(max(2, min(usable_cpus(), MAX_THREADS)), thread_name_prefix="kernels")
+        self._missed = Missed(THREADS)
+        self._pool = ThreadPoolExecutor(max(2, min(usable_cpus(), MAX_THREADS)), thread_name_prefix=THREADS)
         prompts = [Shape(False, tokens, n_rows, tokens) for tokens, n_rows in PROMPTS]
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         self._libraries = self._pool.submit(_wake_libraries, config, dtype)
-        self._first = self._begin("first", [*shapes.first(), *prompts])
+        self._first = self._begin(FIRST, [*shapes.first(), *prompts])
         self._later: Future[int] | None = None
 
     def _begin(self, part: str, steps: Sequence[Shape]) -> Future[int] | None:
@@ -104,20 +95,72 @@ class Rehearsal:
         """-> kernels that are ready. One that can't be compiled is left to its first launch."""
         ready = 0
         try:
-            needed = needed_kernels(*self._what, steps)
-            if part == "first":
-                ready = sum(map(Future.result, [self._pool.submit(self._preload, *one) for one in needed]))
-            else:  # one thread: the engine is serving
-                ready = sum(self._preload(*one) for one in needed)
+            with self._processes(part) as processes:
+                ready = self._compile_by(processes, part, steps)
             if self._stamp is not None and not self._cancelled:
                 self._stamp.with_name(f"{self._stamp.name}-{part}").touch()
         except Exception as error:
             log.warning("not all kernels could be compiled ahead: %s: %s", type(error).__name__, error)
         return ready
 
+    @contextmanager
+    def _processes(self, part: str) -> Iterator[Compilers | None]:
+        """None: there are none, so threads compile."""
+        processes = None
+        if self._stamp is not None and usable_cpus() > 1 and torch.version.hip is None:
+            try:
+                processes = compilers.take() if part == FIRST else Compilers(LATER_PROCESSES, NICE)
+            except OSError as error:
+                log.info("kernels are compiled by threads: %s", error.strerror)
+        try:
+            yield processes
+        finally:
+            if processes is not None:
+                processes.close()
+
+    def _compile_by(self, processes: Compilers | None, part: str, steps: Sequence[Shape]) -> int:
+        began = time.perf_counter()
+        told: dict[int, tuple[Any, str]] = {}
+        if processes is not None:
+            processes.target(_capability())
+
+        def tell(*kernel: Any) -> None:
+            if processes is not None:
+                told[processes.tell(*kernel)] = kernel
+
+        left = dict.fromkeys(needed_kernels(*self._what, steps, tell))
+        self._missed.know(left)
+        found_s = time.perf_counter() - began
+        submit = self._pool.submit if part == FIRST else _at_once  # one thread: the engine is serving
+        ready: list[Future[bool]] = []
+        for job in processes.finish() if processes is not None else ():
+            if (one := told.get(job)) in left:
+                del left[one]
+                ready.append(submit(self._preload, *one))
+        if processes is None or not processes.late:
+            ready += [submit(self._preload, *one) for one in left]
+        n_ready = sum(map(Future.result, ready))
+        if processes is not None:
+            seconds = sorted(
+                ((s, told[job][0].__name__) for job, s in processes.seconds.items() if job in told), reverse=True
+            )
+            slow = ", ".join(f"{name} {s:.1f} s" for s, name in seconds[:SLOWEST])
+            log.debug(
+                "found after %.2f s, ready after %.2f s: %d kernels by processes; the slowest: %s",
+                found_s,
+                time.perf_counter() - began,
+                len(seconds),
+                slow,
+            )
+        return n_ready
+
     def _preload(self, kernel: Any, data: str) -> bool:
+        """From the store, if a process has put it there; else it is compiled here."""
         if not self._cancelled:
-            kernel.preload(data)
+            compiled = kernel.preload(data)
+            if torch.cuda.is_available():
+                with suppress(Exception):  # its first launch says why
+                    compiled.run  # noqa: B018 (loads it)
         return not self._cancelled
 
     def finish(self) -> int:
@@ -162,6 +205,22 @@ def _wake_libraries(config: ModelConfig, dtype: torch.dtype) -> None:
             )
 
 
+def _capability() -> int:
+    """90 = compute capability 9.0."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch)
+
+
+def _at_once(run: Callable[..., bool], *args: Any) -> Future[bool]:
+    done: Future[bool] = Future()
+    done.set_result(run(*args))
+    return done
+
+
 def _digest(*what: object) -> str:
     """Of these values and the kernels' sources."""
     digest = hashlib.sha256(repr(what).encode())
@@ -172,9 +231,14 @@ def _digest(*what: object) -> str:
 
 @torch.inference_mode()
 def needed_kernels(
-    config: ModelConfig, ops: Ops, dtype: torch.dtype, shapes: Shapes, steps: Sequence[Shape]
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    shapes: Shapes,
+    steps: Sequence[Shape],
+    tell: Callable[[Any, str], None] = lambda kernel, data: None,
 ) -> list[tuple[Any, str]]:
-    """[(Triton function, what to compile it for)] of these steps, each once."""
+    """[(Triton function, what to compile it for)] of these steps, each once; `tell` hears of each at once."""
     windows = config.windows
     n_layers = max(windows.index(window) for window in set(windows)) + 1
     config = replace(config, num_layers=n_layers, layer_windows=windows[:n_layers] if config.layer_windows else ())
@@ -186,7 +250,7 @@ def needed_kernels(
     inputs = torch.empty(max(map(input_length, steps)), dtype=torch.int64, device=META)
     tokens = torch.empty(max(shape.rows for shape in steps), dtype=torch.int64, device=META)
     machine = Machine(model, ops, pool * n_layers, rows, inputs, tokens, MaskBuffers(len(tokens), META))
-    with _noted() as notes:
+    with _noted(tell) as notes:
         for shape in steps:
             step = static_step(machine, shape)
             step.forward()
@@ -195,9 +259,9 @@ def needed_kernels(
 
 
 @contextmanager
-def _noted() -> Iterator[dict[str, Any]]:
-    """This thread's launches of Triton kernels are skipped, and what is not compiled yet is noted: {what to compile:
-    function}."""
+def _noted(tell: Callable[[Any, str], None]) -> Iterator[dict[str, Any]]:
+    """This thread's launches of Triton kernels are skipped, and what is not compiled yet is noted, and told: {what to
+    compile: function}."""
     from triton import knobs
     from triton.runtime import JITFunction
 
@@ -208,7 +272,10 @@ def _noted() -> Iterator[dict[str, Any]]:
     def note(*, fn: Any, compile: dict[str, Any], **more: object) -> bool:
         if threading.get_ident() != here:
             return False
-        notes[compile["specialization_data"]] = fn.jit_function
+        data = compile["specialization_data"]
+        if data not in notes:
+            notes[data] = fn.jit_function
+            tell(fn.jit_function, data)
         return True
 
     def without_launch(self: Any, *args: object, warmup: bool, **more: object) -> object:
