@@ -86,7 +86,7 @@ class Compilers:
         self._target: int | None = None
         self._launchers: dict[tuple[str, ...], int] = {}
         self._jobs = 0
-        self._broken = False
+        self._broken = self._closed = False
         self.seconds: dict[int, float] = {}  # of each job that is over
         self.late = False  # `finish` has waited long enough
 
@@ -123,7 +123,7 @@ class Compilers:
         """No more jobs: -> the number of each that is over, as they end, until all are or the time is up."""
         self._send({"end": True})
         left, deadline = b"", time.monotonic() + JOB_S + GRACE_S
-        while len(self.seconds) < self._jobs:
+        while len(self.seconds) < self._jobs and not self._closed:
             wait = deadline - time.monotonic()
             if wait <= 0 or not select.select([self._from], [], [], wait)[0]:
                 self.late = True
@@ -144,7 +144,7 @@ class Compilers:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
-        self._broken = True
+        self._broken = self._closed = True
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe is not None:
                 pipe.close()
