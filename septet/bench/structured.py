@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from septet.bench.host import Neighbours, head, write_results
 from septet.bench.shapes import SHAPES, write_shape
 from septet.request import SamplingParams
 from septet.structured import Structured
@@ -88,8 +89,8 @@ async def of_model(args: argparse.Namespace) -> list[dict[str, Any]]:
             await rate(session, 1, 8, side)
         for streams in args.streams:
             rates: dict[Any, list[float]] = {None: [], bound: []}
-            for _ in range(args.rounds):
-                for side, found in rates.items():
+            for number in range(args.rounds):
+                for side, found in _turns(rates, number):
                     found.append(await rate(session, streams, args.tokens, side))
             results.append(_row(streams, "endless", rates[None], rates[bound]))
     finally:
@@ -128,8 +129,8 @@ def of_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
             for side in (None, *bound.values()):  # shapes of steps are captured as they are met
                 _wave(llm, streams, args.tokens, side)
             rates: dict[str | None, list[float]] = {None: [], **{name: [] for name in bound}}
-            for _ in range(args.rounds):
-                for name, found in rates.items():
+            for number in range(args.rounds):
+                for name, found in _turns(rates, number):
                     found.append(_wave(llm, streams, args.tokens, bound[name] if name else None))
             results += [_row(streams, name, rates[None], rates[name]) for name in bound]
     return results
@@ -151,10 +152,17 @@ def _wave(llm: LLM, streams: int, tokens: int, structured: Structured | None) ->
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
+def _turns(rates: dict[Any, list[float]], number: int) -> list[tuple[Any, list[float]]]:
+    """The sides of one round: the first goes last in the next, so that no side has the same neighbour each time."""
+    sides = list(rates.items())
+    return sides if number % 2 == 0 else sides[::-1]
+
+
 def _row(streams: int, schema: str, free: list[float], constrained: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {"engine": "septet", "streams": streams, "schema": schema}
     row |= {"free": statistics.median(free), "constrained": statistics.median(constrained)}
     row["ratio"] = row["constrained"] / row["free"]
+    row["rounds"] = [[round(rate, 1) for rate in pair] for pair in zip(free, constrained, strict=True)]
     _print(row)
     return row
 
@@ -185,11 +193,12 @@ def main() -> None:
         parser.error("--shape needs --tokenizer")
     args.streams = args.streams or ([1, 64] if args.shape else [1, 8, 32])
     args.tokens = args.tokens or (256 if args.shape else 128)
+    about, others = head("structured"), Neighbours()
     results = of_shape(args) if args.shape else asyncio.run(of_model(args))
     if args.peer_python:
         results += peer(args, args.streams)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        write_results(args.json, about, rows=results, others_cpu=round(others.share(), 3))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from septet.errors import InvalidRequest, SeptetError
 from septet.grammar.masks import Masks, mask_words, single_bits
@@ -28,6 +27,7 @@ from septet.grammar.masks import Masks, mask_words, single_bits
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from llguidance import LLMatcher
     from torch import Tensor
 
@@ -62,11 +62,18 @@ class TokenMasks:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Masks to be made, and the same memory as arrays."""
+    """Masks to be made: memory, and its tensors where it is pinned."""
 
-    masks: TokenMasks
     words: np.ndarray
     line: np.ndarray
+    pinned: TokenMasks | None = None
+
+    def masks(self) -> TokenMasks:
+        if self.pinned is not None:
+            return self.pinned
+        import torch
+
+        return TokenMasks(torch.from_numpy(self.words), torch.from_numpy(self.line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +96,10 @@ class RowMatcher:
     held_until: int  # positions below hold back the ends of the answer, where the grammar has a choice
     end_ids: tuple[int, ...]
     tells: bool  # forced tokens may be told ahead; else they are sampled one by one, all the same
+    tries: bool  # temperature and seed alone choose: what is drawn without a mask and allowed is what a mask would give
     ahead: dict[int, int] = field(default_factory=dict)  # forced tokens by position, below `at`
     told: int = 0  # forced tokens below this position were told
+    looked: bool = False  # what the grammar forces at `at` was looked for: nothing
     ended: bool = False
     error: SeptetError | None = None
     notable: bool = False  # it went ahead, ended or failed some time: `verdict` may have something to say
@@ -102,13 +111,21 @@ class RowMatcher:
         """Whether a token there means nothing to the grammar."""
         return self.error is not None or (self.ended and position >= self.at)
 
+    def took(self) -> None:
+        """One token, by the matcher."""
+        self.at += 1
+        self.looked = False
+        if self.matcher.is_stopped():
+            self.ended = self.notable = True
+
     def force(self) -> None:
         """Go ahead over what the grammar leaves no choice about."""
         tokens = self.matcher.compute_ff_tokens()[:MAX_FORCED]
+        self.looked = not tokens
         if not tokens:
             return
         if not self.matcher.consume_tokens(tokens):
-            self.fail(_why(self.matcher))
+            self.fail(why(self.matcher))
             return
         self.notable = True
         self.ahead = dict(enumerate(tokens, self.at))  # those before are sampled or told: `at` was the next position
@@ -147,6 +164,9 @@ class Filling:
                 library.fill(self._matchers, buffers.words)
 
     def masks(self) -> TokenMasks:
+        return self.arrays().masks()
+
+    def arrays(self) -> Buffers:
         """Waits for them; once."""
         if self._wait is not None:
             self._wait()
@@ -157,11 +177,11 @@ class Filling:
                     free[i][2].force()
         for i, (_, position, row) in enumerate(free):
             if matchers[i].is_error():
-                row.fail(_why(matchers[i]))
+                row.fail(why(matchers[i]))
                 words[i] = -1
             elif position < row.held_until and position == row.at:
                 _hold_back(words[i], row.end_ids)
-        return self._buffers.masks
+        return self._buffers
 
 
 class Answer:
@@ -172,6 +192,7 @@ class Answer:
         self._n_rows = n_rows
         self._rows = rows
         self._tokens: HostCopy | None = tokens
+        self._verdicts: dict[int, Verdict] | None = None
 
     def read(self) -> None:
         if self._tokens is None:
@@ -181,9 +202,16 @@ class Answer:
         self._owner.accept(self._rows, tokens)
 
     def verdicts(self) -> dict[int, Verdict]:
-        """By the number of the pick, where there is something to say; once."""
-        n_rows, rows = self._n_rows, [bound for bound in self._rows if bound[2].notable]
-        return {i: said for i, position, row in rows if (said := row.verdict(position, n_rows)) is not None}
+        """By the number of the pick, where there is something to say; asked for before later tokens are read."""
+        if self._verdicts is None:
+            self._verdicts = verdicts(self._rows, self._n_rows)
+        return self._verdicts
+
+
+def verdicts(rows: list[Bound], n_rows: int) -> dict[int, Verdict]:
+    """By the number of the pick, where there is something to say of these in a step of so many rows; once."""
+    notable = [bound for bound in rows if bound[2].notable]
+    return {i: said for i, position, row in notable if (said := row.verdict(position, n_rows)) is not None}
 
 
 class Constraints:
@@ -196,7 +224,7 @@ class Constraints:
         self.library: Masks | None = None  # made with the first row
         self._bound: list[Bound] = []  # of the picks that `masks` saw last
         self._unread: deque[Answer] = deque()
-        self._ring: list[tuple[Tensor, Tensor]] = []
+        self._ring: list[Buffers] = []
         self._turn = 0
         self._views: dict[tuple[int, int, int], Buffers] = {}
         self._steps = 0
@@ -210,10 +238,11 @@ class Constraints:
                 row = self.rows[join.row] = self._row(join)
                 output = list(join.tokens[join.n_prompt :])
                 if output and not row.matcher.consume_tokens(output):
-                    row.fail(_why(row.matcher))
+                    row.fail(why(row.matcher))
 
     def _row(self, join: Join) -> RowMatcher:
         lane, params = self.grammars.lane(join.request), join.params
+        filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         return RowMatcher(
             join.row,
             lane.matcher(),
@@ -222,6 +251,7 @@ class Constraints:
             held_until=join.n_prompt + params.min_tokens if params.min_tokens else 0,
             end_ids=(*join.eos_token_ids, *params.stop_token_ids),
             tells=params.logprobs is None,
+            tries=params.greedy or not filters,
         )
 
     def masks(self, spots: Sequence[tuple[int, int]]) -> TokenMasks | None:
@@ -235,8 +265,7 @@ class Constraints:
         self._bound = []
         if not self.rows:
             return None
-        while self._unread:
-            self._unread.popleft().read()
+        self.read()
         rows = self.rows
         self._bound = [(i, at, row) for i, (r, at) in enumerate(spots) if (row := rows.get(r)) is not None]
         self._bound.sort(key=_lane)
@@ -249,11 +278,8 @@ class Constraints:
                 forced.append(bound)
         if not free and not forced:
             return None
-        buffers = self._buffers(len(free) + len(forced), len(spots))
-        words, line = buffers.words, [-1] * len(spots)
-        for c, (i, _, _) in enumerate((*free, *forced)):
-            line[i] = c
-        buffers.line[:] = line
+        buffers = self._lined([*free, *forced], len(spots))
+        words = buffers.words
         for c, (_, position, row) in enumerate(forced, len(free)):
             words[c] = 0
             token = row.ahead[position]
@@ -261,6 +287,19 @@ class Constraints:
         self._steps += 1
         looks = len(free) < MANY_ROWS or not self._steps % LOOK
         return Filling(buffers, free, self.library, looks=looks, later=later)
+
+    def read(self, *, judge: bool = False) -> None:
+        """What was sampled so far is known to the matchers from here on. `judge`: they go on before it is committed."""
+        while self._unread:
+            answer = self._unread.popleft()
+            answer.read()
+            if judge:
+                answer.verdicts()
+
+    def held(self, bound: list[Bound], n_spots: int) -> Buffers:
+        """Masks of free ones, now."""
+        bound.sort(key=_lane)
+        return Filling(self._lined(bound, n_spots), bound, self.library, looks=False, later=False).arrays()
 
     def follow(self, tokens: HostCopy, n_rows: int) -> Answer | None:
         """The tokens of the picks that `masks` has just seen are on their way: taken before the next masks are made."""
@@ -290,6 +329,10 @@ class Constraints:
             if row.over(position + 1):
                 over.append(row)
         over += self._take(taking, values) if taking else ()
+        self.forget(over)
+
+    def forget(self, over: Sequence[RowMatcher]) -> None:
+        """Their grammars have nothing more to say."""
         for row in over:
             if self.rows.get(row.row) is row:
                 del self.rows[row.row]
@@ -299,28 +342,26 @@ class Constraints:
         assert self.library is not None
         matchers, over = [row.matcher for row in rows], []
         for row, matcher, ok in zip(rows, matchers, self.library.accept(matchers, tokens), strict=True):
-            row.at += 1
+            row.took()
             if not ok:
-                row.fail(_why(matcher))
-                over.append(row)
-            elif matcher.is_stopped():
-                row.ended = row.notable = True
+                row.fail(why(matcher))
+            if row.over(row.at):
                 over.append(row)
         return over
 
+    def _lined(self, bound: Sequence[Bound], n_spots: int) -> Buffers:
+        """Room for their masks, in this order, and whose they are."""
+        buffers, line = self._buffers(len(bound), n_spots), [-1] * n_spots
+        for c, (i, _, _) in enumerate(bound):
+            line[i] = c
+        buffers.line[:] = line
+        return buffers
+
     def _buffers(self, n_masks: int, n_spots: int) -> Buffers:
         """Room for so many; where a device copies out of it: pinned, of a ring."""
-        pinned = self.device.type == "cuda"
-        if not self._ring or len(self._ring[0][1]) < n_spots:
+        if not self._ring or len(self._ring[0].line) < n_spots:
             size = max(8, 1 << (n_spots - 1).bit_length())
-            width = mask_words(self.vocab_size)
-            self._ring = [
-                (
-                    torch.empty(size, width, dtype=torch.int32, pin_memory=pinned),
-                    torch.empty(size, dtype=torch.int64, pin_memory=pinned),
-                )
-                for _ in range(RING if pinned else 1)
-            ]
+            self._ring = [self._room(size) for _ in range(RING if self.device.type == "cuda" else 1)]
             self._views.clear()
         self._turn = (self._turn + 1) % len(self._ring)
         key = self._turn, n_masks, n_spots
@@ -328,9 +369,20 @@ class Constraints:
         if found is None:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            words, line = (tensor[:n] for tensor, n in zip(self._ring[self._turn], key[1:], strict=True))
-            found = self._views[key] = Buffers(TokenMasks(words, line), words.numpy(), line.numpy())
+            room = self._ring[self._turn]
+            pinned = room.pinned and TokenMasks(room.pinned.words[:n_masks], room.pinned.line[:n_spots])
+            found = self._views[key] = Buffers(room.words[:n_masks], room.line[:n_spots], pinned)
         return found
+
+    def _room(self, size: int) -> Buffers:
+        width = mask_words(self.vocab_size)
+        if self.device.type != "cuda":
+            return Buffers(np.empty((size, width), dtype=np.int32), np.empty(size, dtype=np.int64))
+        import torch
+
+        words = torch.empty(size, width, dtype=torch.int32, pin_memory=True)
+        line = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        return Buffers(words.numpy(), line.numpy(), TokenMasks(words, line))
 
 
 def _lane(bound: Bound) -> int:
@@ -346,7 +398,7 @@ def _hold_back(line: np.ndarray, end_ids: tuple[int, ...]) -> None:
         line[:] = before
 
 
-def _why(matcher: LLMatcher) -> SeptetError:
+def why(matcher: LLMatcher) -> SeptetError:
     reason = matcher.stop_reason()
     if reason in ("ParserTooComplex", "LexerTooComplex"):
         return InvalidRequest("structured: the grammar became too complex for one step of this answer")

@@ -13,10 +13,10 @@ from septet.step import RowResult, StepResult
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from septet.engine.constraints import Answer
+    from septet.engine.constraints import Answer, Verdict
     from septet.engine.staging import HostCopy
 
-__all__ = ["NAN_LOGITS", "BoundStep", "DrawnStep"]
+__all__ = ["NAN_LOGITS", "BoundStep", "DrawnStep", "judge"]
 
 NAN_LOGITS = "the model produced NaN logits for this request"
 
@@ -58,12 +58,13 @@ class BoundStep:
         rows = _rows(self.requests, tokens)
         if answer is not None:
             answer.read()
-            _judge(rows, answer)
+            judge(rows, answer.verdicts())
         return StepResult(self.step, tuple(rows))
 
 
-def _judge(rows: list[RowResult], answer: Answer) -> None:
-    for i, verdict in answer.verdicts().items():
+def judge(rows: list[RowResult], verdicts: dict[int, Verdict]) -> None:
+    """What the grammars say of rows by their number, into the results."""
+    for i, verdict in verdicts.items():
         got = rows[i]
         if got.error is not None:
             continue

@@ -75,15 +75,17 @@ class NativeExecutor:
         return self._runner
 
     def launch(self, plan: StepPlan) -> TakenStep | StepOnDevice | DrawnStep | BoundStep:
-        taken = self.decode.quick(plan) if self.decode is not None else None
+        limits = self._runner.constraints if self._runner is not None else None
+        taken = self.decode.quick(plan, limits) if self.decode is not None else None
         if taken is not None:
             return taken
         self.tables.join(plan.joins)
         self.tables.write(plan.rows)
         if self._runner is not None or any(join.params.structured is not None for join in plan.joins):
             self.runner.follow(plan.joins)
+            limits = self.runner.constraints
         if self.decode is not None:
-            taken = self.decode.take(plan)
+            taken = self.decode.take(plan, limits)
         if taken is None:
             taken = self.prompts.take(plan)
         return self.runner.joined(plan) if taken is None else taken

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from septet.engine.drawn import NAN_LOGITS
+from septet.engine.drawn import NAN_LOGITS, judge
 from septet.engine.tables import TABLES
+from septet.engine.tries import Tries
 from septet.kernels.native.tape import Decode
 from septet.kernels.ops import Layout
 from septet.step import RowResult, StepResult
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from ctypes import Structure
 
+    from septet.engine.constraints import Constraints, Verdict
     from septet.engine.tables import RowInfo, Tables
     from septet.kernels.native.draw import Draw
     from septet.kernels.native.tape import Tape
     from septet.step import PlanRow, StepPlan
 
-__all__ = ["TakenStep", "TapedDecode", "TapedPrompts", "serves"]
+__all__ = ["TakenStep", "TapedDecode", "TapedPrompts", "serves", "serves_masked"]
 
 
 @dataclass(slots=True)
@@ -42,23 +44,32 @@ class TakenStep:
     step: int
     rows: Sequence[PlanRow]
     tokens: list[int]
+    verdicts: dict[int, Verdict] | None = None  # of grammars, by the number of the row
 
     def result(self) -> StepResult:
         pairs = zip(self.rows, self.tokens, strict=True)
-        if min(self.tokens, default=0) >= 0:
+        if min(self.tokens, default=0) >= 0 and not self.verdicts:
             return StepResult(self.step, tuple([RowResult(row.request, (token,)) for row, token in pairs]))
-        return StepResult(
-            self.step,
-            tuple(
-                RowResult(row.request, (token,)) if token >= 0 else RowResult(row.request, error=NAN_LOGITS)
-                for row, token in pairs
-            ),
-        )
+        rows = [
+            RowResult(row.request, (token,)) if token >= 0 else RowResult(row.request, error=NAN_LOGITS)
+            for row, token in pairs
+        ]
+        judge(rows, self.verdicts or {})
+        return StepResult(self.step, tuple(rows))
 
 
 def serves(info: RowInfo | None) -> bool:
     """Can this row's token be drawn here? (None: nobody has joined it.)"""
     return info is not None and info.unadjusted
+
+
+def serves_masked(info: RowInfo | None) -> bool:
+    """The same for a row that may follow a grammar."""
+    if info is None:
+        return False
+    params = info.params
+    adjusts = info.penalises or params.logit_bias or params.logprobs is not None
+    return info.unadjusted or (params.structured is not None and not adjusts)
 
 
 class TapedDecode:
@@ -88,22 +99,42 @@ class TapedDecode:
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
 
-    def quick(self, plan: StepPlan) -> TakenStep | None:
+    def quick(self, plan: StepPlan, limits: Constraints | None = None) -> TakenStep | None:
         """All of a step in which known rows decode and sample and ask for nothing else; None for any other step."""
-        return None if plan.joins else self.take(plan)
+        return None if plan.joins else self.take(plan, limits)
 
-    def take(self, plan: StepPlan) -> TakenStep | None:
-        """The same after the joins and with what the host gives."""
-        rows, info = plan.rows, self.tables.info
+    def take(self, plan: StepPlan, limits: Constraints | None = None) -> TakenStep | None:
+        """The same after the joins and with what the host gives. limits: the grammars of the rows that have one."""
+        rows, info, bound = plan.rows, self.tables.info, False
         if len(rows) > self.max_rows:
             return None
         for row in rows:
             if row.n != 1 or row.n_sample != 1 or row.tokens or row.prompt_logprobs or row.pooling:
                 return None
             if not serves(info[row.row]):
-                return None
+                if limits is None or not serves_masked(info[row.row]):
+                    return None
+                bound = True
+        if bound and limits is not None:
+            return self._bound(plan, Tries(limits, rows))
         self.run(rows, sample=True)
         return TakenStep(plan.step, rows, self.drawn[: len(rows)])
+
+    def _bound(self, plan: StepPlan, tries: Tries) -> TakenStep:
+        """With rows that follow a grammar."""
+        rows, masks = plan.rows, tries.masks()
+        self.run(rows, sample=True, masks=None if masks is None else (masks.words, masks.line))
+        tokens = self.drawn[: len(rows)]
+        again = tries.refused(tokens)
+        for i in tries.given:
+            self.tables.tokens[rows[i].row, rows[i].start + 1] = tokens[i]
+        if again is not None:
+            self._masked(again.words, again.line)
+            self.tape.draw_again(self.arguments)
+            for i, line in enumerate(again.line.tolist()):
+                if line >= 0:
+                    tokens[i] = self.drawn[i]
+        return TakenStep(plan.step, rows, tokens, tries.verdicts(tokens))
 
     def run(self, rows: Sequence[PlanRow], sample: bool, masks: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """One step -> `logits`; with `sample`, tokens are drawn, to `drawn` and to the rows' tables. masks: (words,
@@ -116,13 +147,16 @@ class TapedDecode:
         arguments.n, arguments.line = n, None
         arguments.sampled = addressof(self.drawn) if sample else None
         if masks is not None:
-            words, line = masks
-            assert words.flags.c_contiguous
-            assert 32 * words.shape[1] >= self.tape.vocab
-            assert len(line) == n
-            arguments.words, arguments.words_stride = words.ctypes.data, words.shape[1]
-            arguments.line = line.ctypes.data
+            self._masked(*masks)
         self.tape.decode(arguments)
+
+    def _masked(self, words: np.ndarray, line: np.ndarray) -> None:
+        arguments: Any = self.arguments
+        assert words.flags.c_contiguous
+        assert 32 * words.shape[1] >= self.tape.vocab
+        assert len(line) == arguments.n
+        arguments.words, arguments.words_stride = words.ctypes.data, words.shape[1]
+        arguments.line = line.ctypes.data
 
 
 class TapedPrompts:

@@ -15,7 +15,7 @@ from septet.engine.constraints import Constraints
 from septet.engine.forward import TapeForward
 from septet.engine.rows import Rows
 from septet.engine.staging import Staging
-from septet.engine.taped import serves
+from septet.engine.taped import serves, serves_masked
 from septet.kernels.native.ops import NativeOps
 
 if TYPE_CHECKING:
@@ -82,11 +82,7 @@ class TapedSteps:
 
     def serves_masked(self, info: RowInfo | None) -> bool:
         """The same under a mask."""
-        if info is None:
-            return False
-        params = info.params
-        adjusts = info.penalises or params.logit_bias or params.logprobs is not None
-        return info.unadjusted or (params.structured is not None and not adjusts)
+        return serves_masked(info)
 
     def due(self, busy: bool) -> bool:
         return False

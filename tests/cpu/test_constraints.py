@@ -175,11 +175,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "overlapped": {"overlap": "on"},
     "chunked": {"max_num_batched_tokens": 9, "overlap": "on"},
     "native": {"kernels": "native"},
+    "native, overlapped": {"kernels": "native", "overlap": "on"},
     "preempted": {"num_kv_slots": 250, "max_model_len": 241, "overlap": "on", "max_num_batched_tokens": 32},
 }
 
 
-@pytest.mark.parametrize(("way", "forced"), list(zip(WAYS, (False, True, True, False, True, True), strict=True)))
+@pytest.mark.parametrize(("way", "forced"), list(zip(WAYS, (False, True, True, False, True, True, True), strict=True)))
 def test_answers_follow_their_grammars_in_any_company(model: Path, way: str, forced: bool) -> None:
     wanted = [schemas.schema(seed) if seed % 3 else None for seed in range(30, 48)]
     seen: dict[str, Any] = {}
@@ -300,6 +301,48 @@ def test_filters_penalties_and_logprobs(model: Path) -> None:
         assert last.error is None
         if last.finish_reason is FinishReason.STOP:
             jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_free_draws_give_what_masks_give(model: Path) -> None:
+    """Where a row may draw freely, and where it may not, side by side with free ones: the reference's tokens."""
+    native_library()
+    ways: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"temperature": 3.0}, {"top_k": 5}, {"top_p": 0.5}]
+    ways += [{"min_p": 0.2}, {"min_tokens": 30}, {"structured": None}]
+    shapes = [Structured.json_schema(SCHEMA), Structured.regex(f"[ -z]{{4,40}}{FIXED}"), Structured.json_object()]
+
+    async def work(client: InlineClient) -> list[list[int]]:
+        async def tokens(id: str, wanted: SamplingParams) -> list[int]:
+            return [token async for u in client.generate(request(id, (1, 2, 3), wanted)) for token in u.tokens]
+
+        wanted = [params(**{"structured": shape, "seed": i, **way}) for shape in shapes for i, way in enumerate(ways)]
+        return await asyncio.gather(*(tokens(str(i), one) for i, one in enumerate(wanted)))
+
+    options = {"forced": True, "max_num_seqs": 32}
+    want = with_engine(model, work, **options)
+    for overlap in ("off", "on"):
+        assert with_engine(model, work, kernels="native", overlap=overlap, **options) == want
+    assert len(set(map(tuple, want))) > len(want) / 2
+
+
+def test_a_mask_is_made_for_a_refused_draw_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native_library()
+    made: list[int] = []
+    fill = Masks.fill
+
+    def counted(self: Masks, matchers: Any, out: Any) -> None:
+        made.append(len(matchers))
+        fill(self, matchers, out)
+
+    monkeypatch.setattr(Masks, "fill", counted)
+    text = Structured.regex(r"(?s:.{80,})")  # nearly half of all draws are text by chance
+    masks: dict[float, int] = {}
+    for top_p in (1.0, 0.999):
+        made.clear()
+        _, last = one(model, params(text, max_tokens=60, top_p=top_p), kernels="native")
+        assert last.finish_reason is FinishReason.LENGTH
+        masks[top_p] = sum(made)
+    assert masks[0.999] == 60, "a filter sees what the grammar has left"
+    assert 10 < masks[1.0] < 50
 
 
 def test_a_refused_grammar_ends_its_request_alone(model: Path) -> None:
