@@ -14,9 +14,12 @@ import time
 from functools import cache
 from pathlib import Path
 
+from septet.engine import compilers
+
 __all__ = ["gpu_driver", "wake_gpu"]
 
 
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 log = logging.getLogger(__name__)
 
 
@@ -50,9 +53,14 @@ def _retain_primary_context(library: str = "libcuda.so.1") -> bool:
     with contextlib.suppress(OSError, AttributeError):
         cuda = ctypes.CDLL(library)  # calls release the interpreter's lock
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        return (
-            cuda.cuInit(0) == 0
-            and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
-            and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
-        )
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            _announce(cuda, device)
+            return bool(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0)
     return False
+
+
+def _announce(cuda: ctypes.CDLL, device: ctypes.c_int) -> None:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    known = cuda.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device) == 0
+    if known and cuda.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device) == 0:
+        compilers.announce(10 * major.value + minor.value)
