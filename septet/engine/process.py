@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.config import EngineConfig
+from septet.engine import compilers
 from septet.engine.frames import GAP_S
 from septet.engine.late import LateInbox
 from septet.engine.loop import EngineLoop
@@ -72,6 +73,7 @@ def build_engine(config: EngineConfig) -> Engine:
 
         with _header(config.model):
             executor, info = build_executor(config)
+        compilers.discard()
         grammars = Grammars(info.vocab_size, config.max_waiting)
         executor.constrain(grammars, info.vocab_size)
     try:
@@ -139,6 +141,7 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
     `warm`: a model will be asked for, so what every model needs is imported while the configuration is on its way.
     """
     if warm:
+        compilers.begin_early()
         threading.Thread(target=_warm, name="imports", daemon=True).start()
     loading = pulse.beat() if pulse is not None else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -205,6 +208,7 @@ def _wake(config: EngineConfig) -> None:
     if config.device in ("auto", "cuda"):
         from septet.engine.wake import wake_gpu
 
+        compilers.begin_early()
         wake_gpu()
 
 
