@@ -29,13 +29,20 @@ uint64_t saved_state() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// SEPTET_NO_*: left out by build.py, whose compiler does not know the path.
+#if defined(SEPTET_NO_AVX2)
+bool has_avx2() { return false; }
+#else
 bool has_avx2() {
   const Leaf one(1, 0), seven(7, 0);
   const bool fma = bit(one.c, 12), avx = bit(one.c, 28), f16c = bit(one.c, 29), avx2 = bit(seven.b, 5);
   return (saved_state() & 0x6) == 0x6 && fma && avx && f16c && avx2;
 }
+#endif
 
-#if defined(SEPTET_EMULATE)  // build.py --emulate-avx512
+#if defined(SEPTET_NO_AVX512)
+bool has_avx512() { return false; }
+#elif defined(SEPTET_EMULATE)  // build.py --emulate-avx512
 bool has_avx512() { return has_avx2(); }
 #else
 bool has_avx512() {
@@ -56,7 +63,9 @@ bool cpu_has(Path path) {
   return false;
 }
 
-#if defined(SEPTET_EMULATE)
+#if defined(SEPTET_NO_AVX512BF16)
+bool cpu_has_bf16() { return false; }
+#elif defined(SEPTET_EMULATE)
 bool cpu_has_bf16() { return has_avx512() && getenv("SEPTET_EMULATE_BF16"); }
 #else
 bool cpu_has_bf16() { return has_avx512() && bit(Leaf(7, 1).a, 5); }

@@ -18,8 +18,10 @@ struct Scratch {
 
 const Kernels* kernels_for(Path path) {
   if (!cpu_has(path)) return nullptr;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SEPTET_NO_AVX512)
   if (path == Path::avx512) return avx512_kernels(cpu_has_bf16());
+#endif
+#if defined(__x86_64__) && !defined(SEPTET_NO_AVX2)
   if (path == Path::avx2) return avx2_kernels();
 #endif
   return portable_kernels();

@@ -437,8 +437,10 @@ void linear(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, 
 // As `linear`, with bfloat16 weights left to VDPBF16PS.
 void linear_with_bf16(const Packed& w, const QuantInput& qx, const float* x, int64_t ldx, int64_t t_count, int64_t g0,
                       int64_t g1, float* y, int64_t ldy, const float* bias) {
-  if (w.form != Form::bf16 || !bf16_linear(w, x, ldx, t_count, g0, g1, y, ldy, bias))
-    linear(w, qx, x, ldx, t_count, g0, g1, y, ldy, bias);
+#if !defined(SEPTET_NO_AVX512BF16)
+  if (w.form == Form::bf16 && bf16_linear(w, x, ldx, t_count, g0, g1, y, ldy, bias)) return;
+#endif
+  linear(w, qx, x, ldx, t_count, g0, g1, y, ldy, bias);
 }
 
 // Quantising writes few bytes: AVX2's version serves, and gives the same bits.

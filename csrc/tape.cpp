@@ -23,8 +23,10 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 
 const StepKernels* step_kernels_for(Path path) {
   if (!cpu_has(path)) return nullptr;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SEPTET_NO_AVX512)
   if (path == Path::avx512) return step_kernels_avx512();
+#endif
+#if defined(__x86_64__) && !defined(SEPTET_NO_AVX2)
   if (path == Path::avx2) return step_kernels_avx2();
 #endif
   return step_kernels_portable();

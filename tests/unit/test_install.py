@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import runpy
 import subprocess
 import sys
@@ -28,3 +29,16 @@ def test_the_native_library_is_built_where_there_is_a_compiler() -> None:
     except build["BuildError"]:
         pytest.skip("no C++ compiler")
     assert build["OUTPUT"].is_file()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other CPUs have no such paths")
+def test_a_path_that_the_compiler_does_not_know_is_left_out_alone(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+    left_out = build["unknown_paths"](str(compiler), False)
+    assert left_out == ["_avx512bf16"]
+    assert build["flags"](Path("linear_avx512bf16.cpp"), False, left_out) is None
+    for source in ("linear_avx512.cpp", "linear_avx2.cpp", "cpu.cpp"):
+        assert "-DSEPTET_NO_AVX512BF16" in build["flags"](Path(source), False, left_out)
