@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WORKLOADS), help="comma-separated workloads")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--options", type=json.loads, default={}, help="engine options as JSON")
+    parser.add_argument("--settle", type=float, default=10.0, help="idle seconds before W1: engines capture in pauses")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         directory = write_shape(args.shape, Path(root))
@@ -208,6 +209,7 @@ def main() -> None:
         run.timed([run.tokens(64)], 1)
         run.record("start_to_first_token_s", time.perf_counter() - began)
         run.timed([run.tokens(64) for _ in range(4)], 8)
+        time.sleep(args.settle)
         for name in args.only.split(","):
             run.rng = random.Random(name)  # the same prompts for both targets, however often each repeats
             WORKLOADS[name](run)

@@ -29,7 +29,7 @@ def test_all_kernels_fit(compiled: dict[str, dict[str, int]]) -> None:
 
 
 def test_attention_hardly_spills_registers(compiled: dict[str, dict[str, int]]) -> None:
-    """None of it, but for the two that were measured to be faster so: 256 rows of queries, the first turn in registers."""
+    """None of it, but for two that were measured to be faster so: 256 rows of queries, the first turn in registers."""
     few = {"attention prefill": 80, "decode 32 rows of parts": 16}
     kernels = {name: facts for name, facts in compiled.items() if name.startswith(("attention", "decode", "prefix"))}
     assert len(kernels) == 12

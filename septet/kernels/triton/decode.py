@@ -74,6 +74,33 @@ def _own_token(
 
 
 @triton.jit
+def _shared_before(shared_ptr, past):
+    """Positions of the shared context, if the row is longer; else 0."""
+    shared = tl.load(shared_ptr).to(tl.int32)
+    return tl.where(shared <= past, shared, 0)
+
+
+@triton.jit
+def _angles(angles_ptr, at, half: tl.constexpr):
+    """cos and sin of one position, (1, E / 2) each."""
+    cos = tl.load(angles_ptr + at, mask=at < half, other=0.0)
+    return cos, tl.load(angles_ptr + half + at, mask=at < half, other=0.0)
+
+
+@triton.jit
+def _give(
+    acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_at, out_at, out_tile, first, split, used, RATIO: tl.constexpr,
+    SPLITS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The row's output, if this program has all of its context; else its share."""
+    if SPLITS == 1 or used == 1:
+        tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
+    else:
+        _merge_shares(acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_at, out_at, out_tile, first, split, used,
+                      RATIO, SPLITS, KIND)  # fmt: skip
+
+
+@triton.jit
 def _merge_shares(
     acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_at, out_at, out_tile, first, split, used, RATIO: tl.constexpr,
     SPLITS: tl.constexpr, KIND: tl.constexpr,
@@ -111,46 +138,40 @@ def _merge_shares(
 def _decode_kernel(
     qkv_ptr, out_ptr, acc_ptr, top_ptr, total_ptr, arrived_ptr, k_ptr, v_ptr, rows_ptr, kv_len_ptr, slots_ptr,
     slot_of_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, next_ptr, shared_ptr, pre_acc_ptr, pre_top_ptr, pre_total_ptr,
-    next_lines, eps, window, scale, cap, part_stride,
-    k_stride, v_stride, slot_of_stride, G: tl.constexpr, E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-    LEAST: tl.constexpr, PRELOAD: tl.constexpr, AHEAD: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr,
-    SHARED_BLOCK: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    next_lines, eps, window, scale, cap, part_stride, k_stride, v_stride, slot_of_stride, G: tl.constexpr,
+    E: tl.constexpr, RATIO: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, LEAST: tl.constexpr, PRELOAD: tl.constexpr,
+    AHEAD: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr, SHARED_BLOCK: tl.constexpr, NORM: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, R, SPLITS). qkv (PARTS, R, (H + 2G) E), out (R, H, E), k and v (n_slots, G, E).
 
     acc (R, G, SPLITS, BLOCK_M, BLOCK_E), top and total (R, G, SPLITS, BLOCK_M): float32 shares, not yet divided;
     arrived (R, G) int32: zero, and left zero. LEAST: tokens of a share but for the last one; whole turns. AHEAD: one
-    row; programs without a share prefetch the constant `next`. SHARES: parts of a shared context, whose softmax states
-    prefix.py has left in pre_acc, pre_top and pre_total; 0: none. A row that ends before it, as padding does, reads
-    nothing of it.
-    """
+    row; programs without a share prefetch the constant `next`. SHARES: parts of a shared context (`SharedStates`); 0:
+    none. Padding, which ends before it, reads nothing of it."""
+    if PDL:
+        gdc_launch_dependents()
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half: tl.constexpr = E // 2
     KIND: tl.constexpr = out_ptr.dtype.element_ty
     m, at, e = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_E // 2)[None, :], tl.arange(0, BLOCK_E)[None, :]
-    if PDL:
-        gdc_launch_dependents()
-    slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
     past = tl.load(kv_len_ptr + row) - 1  # tokens written by earlier steps; this step's has position `past`
-    key_lo = tl.maximum(past - window + 1, 0) if WINDOW else 0
-    if SHARES:
-        shared = tl.load(shared_ptr).to(tl.int32)
-        shared = tl.where(shared <= past, shared, 0)
-        key_lo = shared
+    slot_line = slot_of_ptr + tl.load(rows_ptr + row) * slot_of_stride
+    shared = _shared_before(shared_ptr, past) if SHARES else 0
+    key_lo = tl.maximum(past - window + 1, 0) if WINDOW else shared
     share = tl.maximum(tl.cdiv(tl.cdiv(past - key_lo, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
     used = tl.maximum(tl.cdiv(past - key_lo, share), 1)  # programs with a share; the first has this step's token too
     if split >= used:  # the others' waiting keeps the order
         if AHEAD:
             _fetch_ahead(next_ptr, next_lines, (split - used) * G + kv_head, (SPLITS - used) * G)
         return
-    lo, hi = key_lo + split * share, tl.minimum(key_lo + (split + 1) * share, past)
-    k_head, v_head = k_ptr + kv_head * E, v_ptr + kv_head * E
+    lo = key_lo + split * share
+    hi, k_head, v_head = tl.minimum(lo + share, past), k_ptr + kv_head * E, v_ptr + kv_head * E
     if PRELOAD:
         k1, k2, v, here = keys(k_head, v_head, slot_line, lo, hi, at, e, k_stride, v_stride, E, BLOCK_N, True)
     slot, line = tl.load(slots_ptr + row), row.to(tl.int64) * ((RATIO + 2) * G * E)
-    angle = cos_sin_ptr + past.to(tl.int64) * E + at
-    cos, sin = tl.load(angle, mask=at < half, other=0.0), tl.load(angle + half, mask=at < half, other=0.0)
+    cos, sin = _angles(cos_sin_ptr + past.to(tl.int64) * E, at, half)
     if PDL:
         gdc_wait()
     q1, q2 = rotated(qkv_ptr, line + (kv_head * RATIO + m) * E, at, (m < RATIO) & (at < half), half, cos, sin,
@@ -171,13 +192,9 @@ def _decode_kernel(
         if SHARES:
             acc, top, total = with_prefix(acc, top, total, pre_acc_ptr, pre_top_ptr, pre_total_ptr, row * G + kv_head,
                                           shared, SHARES, HEADS, RATIO, SHARED_BLOCK)  # fmt: skip
-    out_at = out_ptr + row.to(tl.int64) * (G * RATIO * E) + (kv_head * RATIO + m) * E + e
-    out_tile = (m < RATIO) & (e < E)
-    if SPLITS == 1 or used == 1:
-        tl.store(out_at, (acc / total[:, None]).to(KIND), mask=out_tile)
-    else:
-        _merge_shares(acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_ptr + row * G + kv_head, out_at, out_tile,
-                      (row.to(tl.int64) * G + kv_head) * SPLITS, split, used, RATIO, SPLITS, KIND)  # fmt: skip
+    pair, out_at = row.to(tl.int64) * G + kv_head, out_ptr + row.to(tl.int64) * (G * RATIO * E)
+    _give(acc, top, total, acc_ptr, top_ptr, total_ptr, arrived_ptr + pair, out_at + (kv_head * RATIO + m) * E + e,
+          (m < RATIO) & (e < E), pair * SPLITS, split, used, RATIO, SPLITS, KIND)  # fmt: skip
 
 
 def _worth_fetching(weight: Tensor) -> bool:
