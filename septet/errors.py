@@ -6,6 +6,12 @@ render it (`kind`, `param`) without knowing HTTP. Nothing here is retried silent
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = [
     "EngineDead",
     "InvalidRequest",
@@ -17,6 +23,10 @@ __all__ = [
     "SeptetError",
     "UnsupportedModel",
 ]
+
+
+_FIELD = re.compile(r"\w+")
+_QUOTED_OR_FIELD = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|\w+""")
 
 
 class SeptetError(Exception):
@@ -34,6 +44,13 @@ class InvalidRequest(SeptetError):
     """The request itself is wrong (a value, a field, a length). Ends this request only."""
 
     kind = "invalid_request_error"
+
+    def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
+        """The same in the words of an API that has other names for these fields. What the message quotes is left."""
+        param = self.param and _FIELD.sub(lambda found: names.get(found[0], found[0]), self.param, count=1)
+        return InvalidRequest(
+            _QUOTED_OR_FIELD.sub(lambda found: names.get(found[0], found[0]), self.message), param=param
+        )
 
 
 class ModelNotFound(SeptetError):

@@ -118,14 +118,7 @@ async def _answer(service: Service, call: MessagesCall, reply: Reply) -> None:
             try:
                 await (_stream if call.stream else _whole)(events, answer, reply)
             except InvalidRequest as error:
-                raise _in_our_words(error) from None
-
-
-def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    if error.param != "thinking_token_budget":
-        return error
-    message = error.message.replace("thinking_token_budget", "thinking.budget_tokens")
-    return InvalidRequest(message, param="thinking")
+                raise error.renamed({"thinking_token_budget": "thinking.budget_tokens"}) from None
 
 
 async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer, reply: Reply) -> None:

@@ -171,8 +171,7 @@ def _params(fields: Fields, max_tokens: int) -> SamplingParams:
             **values, max_tokens=max_tokens, stop=tuple(fields.array("stop_sequences")), structured=_format(fields)
         )
     except InvalidRequest as error:
-        name = _OUR_NAMES.get(error.param or "")
-        raise InvalidRequest(error.message.replace(error.param or "", name, 1), param=name) if name else error from None
+        raise error.renamed(_OUR_NAMES) from None
 
 
 def _format(fields: Fields) -> Structured | None:

@@ -204,7 +204,7 @@ def _in_chats_words(error: InvalidRequest, fields: Fields) -> InvalidRequest:
     name = names.get(error.param or "")
     if name is None or error.param is None or not fields.given(name):
         return error
-    return InvalidRequest(error.message.replace(error.param, name), param=name)
+    return error.renamed({error.param: name})
 
 
 def _chat_max_tokens(fields: Fields) -> int | None:

@@ -130,8 +130,7 @@ def _params(fields: Fields, n_predict: int) -> SamplingParams:
     try:
         return SamplingParams(**{_NAMES.get(name, name): value for name, value in values.items()})
     except InvalidRequest as error:
-        name = _THEIR_NAMES.get(error.param or "")
-        raise InvalidRequest(error.message.replace(error.param or "", name, 1), param=name) if name else error from None
+        raise error.renamed(_THEIR_NAMES) from None
 
 
 def _switched_off(fields: Fields) -> dict[str, Any]:

@@ -89,19 +89,11 @@ def parse_responses(
     try:
         parsed = parse_chat({**chat, "messages": [*head, *(earlier(previous) if previous else ()), *messages]})
     except InvalidRequest as error:
-        raise _in_our_words(error) from None
+        raise error.renamed(_NAMES) from None
     store = fields.boolean("store", True)
     return ResponsesCall(
         chat=parsed, items=items, previous=previous, store=store, shown=_shown(fields, instructions, store)
     )
-
-
-def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    message, param = error.message, error.param or ""
-    for theirs, ours in _NAMES.items():
-        message = message.replace(theirs, ours)
-    head = next((name for name in _NAMES if param.startswith(name)), None)
-    return InvalidRequest(message, param=error.param if head is None else param.replace(head, _NAMES[head], 1))
 
 
 def _check_simple(fields: Fields) -> None:

@@ -207,8 +207,7 @@ def _params(fields: Fields, logprobs: int | None, prompt_logprobs: int | None) -
             structured=_structured(fields),
         )
     except InvalidRequest as error:
-        name = _THEIR_NAMES.get(error.param or "")
-        raise InvalidRequest(error.message.replace(error.param or "", name, 1), param=name) if name else error from None
+        raise error.renamed(_THEIR_NAMES) from None
     return params, only_prompt
 
 

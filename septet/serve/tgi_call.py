@@ -169,8 +169,7 @@ def _params(parameters: Fields, sampled: bool, best_of: int, logprobs: int | Non
             structured=_grammar(parameters),
         )
     except InvalidRequest as error:
-        name = _THEIR_NAMES.get(error.param or "")
-        raise InvalidRequest(error.message.replace(error.param or "", name, 1), param=name) if name else error from None
+        raise error.renamed(_THEIR_NAMES) from None
 
 
 def _seed(parameters: Fields) -> int:
