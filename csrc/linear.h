@@ -9,7 +9,7 @@
 //
 // Guarantees: a result depends on its own token and row only, bit for bit: T, t0, g0 and the thread count never change
 // it (GEMV, skinny and panel versions do the same float operations in the same order). Integer products are exact on
-// every path. A NaN or infinity in a token's input makes all outputs of that token NaN. Memory outside the n rows of y is
+// every path; AVX2 and AVX-512 give the same bits but for Q4_0, of which AVX2 adds two blocks as one whole number. A NaN or infinity in a token's input makes all outputs of that token NaN. Memory outside the n rows of y is
 // never written; x is read within its k columns only.
 #pragma once
 
