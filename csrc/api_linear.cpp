@@ -23,7 +23,6 @@ SEPTET_API void* septet_pool_create(int threads, int pin) {
 }
 SEPTET_API void septet_pool_release(void* pool) { delete static_cast<Pool*>(pool); }
 SEPTET_API int septet_pool_active(const void* pool) { return static_cast<const Pool*>(pool)->active(); }
-SEPTET_API int septet_pool_pin_caller(void* pool) { return static_cast<Pool*>(pool)->pin_caller(); }
 
 SEPTET_API void* septet_arena_create() { return arena_create(); }
 SEPTET_API void septet_arena_release(void* arena) { arena_release(static_cast<Arena*>(arena)); }

@@ -94,8 +94,6 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-bool Pool::pin_caller() { return !cpus_.empty() && pin_self(cpus_[0]); }
-
 void Pool::run(Job job, const void* context) {
   if (size_ == 1) return job(context, 0);
   const auto began = std::chrono::steady_clock::now();

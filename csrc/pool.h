@@ -38,7 +38,8 @@ class Crew {
 class Pool {
  public:
   // `threads` >= 1, the caller included. Workers are pinned, one CPU each, only where the threads fill this process's
-  // affinity mask (with more CPUs than threads the kernel places them better than we can).
+  // affinity mask (with more CPUs than threads the kernel places them better than we can). The caller is not: between steps
+  // it does other work, for which any free CPU will do.
   explicit Pool(int threads, bool pin = true);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -56,9 +57,6 @@ class Pool {
 
   // Inside parallel: every thread that takes part calls it the same number of times; all writes before it are seen after it.
   void barrier(int thread);
-
-  // Pins the calling thread to the CPU kept for thread 0, where workers are pinned. For a thread that computes only.
-  bool pin_caller();
 
  private:
   struct alignas(64) Flag {

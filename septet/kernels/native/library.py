@@ -33,7 +33,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "septet_pool_create": (c_void_p, [c_int, c_int]),
     "septet_pool_release": (None, [c_void_p]),
     "septet_pool_active": (c_int, [c_void_p]),
-    "septet_pool_pin_caller": (c_int, [c_void_p]),
     "septet_arena_create": (c_void_p, []),
     "septet_arena_release": (None, [c_void_p]),
     "septet_pack": (c_void_p, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, POINTER(c_char_p)]),
@@ -122,10 +121,6 @@ class Pool:
         self.handle: int | None = library.septet_pool_create(self.threads, int(pin))
         if not self.handle:
             raise NativeUnavailable(f"can't start {self.threads} compute threads")
-
-    def pin_caller(self) -> bool:
-        """Keep the calling thread on the first CPU; for a thread that does little else than compute."""
-        return bool(self.library.septet_pool_pin_caller(self.handle))
 
     @property
     def active(self) -> int:
