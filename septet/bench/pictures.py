@@ -78,7 +78,9 @@ def gpu_rows(results: Path) -> list[Row]:
 
 def cpu_rows(results: Path, files: list[str]) -> list[Row]:
     """Septet against llama.cpp on each of `files` ("model quantisation"): medians over the table's rounds."""
-    found = json.loads((results / "cpu" / "table-zen3.json").read_text())["files"]
+    found: dict[str, Any] = {}
+    for table in ("table-zen3.json", "table-q4_0-zen3.json"):  # the later has the later figures of its files
+        found |= json.loads((results / "cpu" / table).read_text())["files"]
     sides: dict[str, dict[str, Any]] = {file: found[file]["sides"] for file in files}
     rows = []
     for key, name in CPU_WORKLOADS.items():
