@@ -61,17 +61,15 @@ def _ratio(key: str, ours: list[float], theirs: list[float]) -> float | None:
 
 
 def gpu_rows(results: Path) -> list[Row]:
-    """Septet's runs of each shape against vLLM's file: medians of what stands there."""
-    peer = json.loads((results / "h100" / "vllm-0.24.json").read_text())["shapes"]
+    """Both sides of one run of `gpu_table`."""
+    sides = [
+        tuple(json.loads((results / "h100" / "one-run" / f"{side}-{shape}.json").read_text())["figures"]
+              for side in ("septet", "vllm"))
+        for shape in ("1b", "8b")
+    ]  # fmt: skip
     rows = []
     for key, name in GPU_WORKLOADS.items():
-        ratios = []
-        for shape in ("1b", "8b"):
-            runs = [json.loads(p.read_text()) for p in sorted((results / "h100").glob(f"septet-{shape}-*.json"))]
-            if key.startswith("start"):
-                runs = [run for run in runs if run.get("kernel_cache", "warm") == "warm"]
-            ours = [run["figures"][key] for run in runs if key in run["figures"]]
-            ratios.append(_ratio(key, ours, peer[shape].get(key, [])))
+        ratios = [_ratio(key, [ours[key]], [theirs[key]]) for ours, theirs in sides]
         rows.append(Row(name, tuple(ratios)))
     return rows
 
@@ -129,7 +127,7 @@ def pictures(results: Path) -> dict[str, str]:
     return {
         "h100.svg": draw(
             "One H100, bf16: times as fast as vLLM 0.24",
-            "Dashed: as fast. vLLM's figures are of another run on the same kind of card.",
+            "Dashed: as fast. Both sides in one run, on random weights.",
             ("1B shape", "8B shape"),
             gpu_rows(results),
         ),

@@ -188,11 +188,10 @@ def serve(fd: int, pulse: SharedPulse | None = None, *, warm: bool = False) -> i
 
 def _inbox(engine: Engine, end: BlockingEnd) -> Inbox:
     """Where torch is not there yet, the first requests that need it wait at the door."""
-    from septet.engine.native import NativeExecutor, asks_more, import_torch
-
-    if not isinstance(engine.executor, NativeExecutor) or "torch" in sys.modules:
+    native = sys.modules.get("septet.engine.native")  # what is not there yet made no executor, and is not waited for
+    if native is None or not isinstance(engine.executor, native.NativeExecutor) or "torch" in sys.modules:
         return end
-    return LateInbox(end, end.post, asks_more, import_torch)
+    return LateInbox(end, end.post, native.asks_more, native.import_torch)
 
 
 def _warm() -> None:

@@ -155,7 +155,7 @@ class Rehearsal:
         return n_ready
 
     def _preload(self, kernel: Any, data: str) -> bool:
-        """From the store, if a process has put it there; else it is compiled here. Its launcher is left to the thread that
+        """From the store, if a process has put it there; else compiled here. Its launcher is left to the thread that
         launches: all of Triton's launchers are modules of one name, and a second load of one overwrites what another
         thread is just loading (CPython, modules of single-phase initialisation)."""
         if not self._cancelled:
