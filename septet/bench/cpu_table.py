@@ -76,11 +76,14 @@ class Peers:
 
 
 def run_json(command: list[str]) -> dict[str, float]:
-    """The last line of a command's output, as JSON."""
+    """The last JSON object among the lines of a command's output: a peer may say something after it."""
     done = run_job(command, 900, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-400:]}")
-    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        raise RuntimeError(f"{' '.join(command[:3])} printed no figures: {done.stdout.strip()[-400:]}")
+    figures: dict[str, float] = json.loads(lines[-1])
     return figures
 
 

@@ -7,6 +7,7 @@ Must not know torch or any kernel.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from septet.config import ModelConfig
     from septet.hub.gguf import TensorInfo
 
-__all__ = ["NATIVE_BYTES", "loaded_bytes"]
+__all__ = ["NATIVE_BYTES", "ROW_BYTES", "loaded_bytes"]
 
 NATIVE_BYTES = {  # of 256 inputs of one row, packed; types that are not named keep the file's size
     "Q2_K": 228,
@@ -27,6 +28,7 @@ NATIVE_BYTES = {  # of 256 inputs of one row, packed; types that are not named k
     "IQ4_NL": 288,
     "IQ4_XS": 288,
 }
+ROW_BYTES = {"Q4_0": 2}  # besides, for each row: a scale, which the AVX2 path alone keeps
 
 
 def loaded_bytes(path: str | Path, config: ModelConfig, dtype: str, native: bool) -> int:
@@ -43,7 +45,10 @@ def loaded_bytes(path: str | Path, config: ModelConfig, dtype: str, native: bool
 
 def _packed(info: TensorInfo) -> int:
     """Rows are packed 16 together."""
-    if info.kind not in NATIVE_BYTES or len(info.shape) < 2:
+    if len(info.shape) < 2:
         return info.n_bytes
-    elements, size = BLOCKS[info.kind]
-    return info.n_bytes // size * elements * NATIVE_BYTES[info.kind] // 256
+    n_bytes = info.n_bytes
+    if info.kind in NATIVE_BYTES:
+        elements, size = BLOCKS[info.kind]
+        n_bytes = n_bytes // size * elements * NATIVE_BYTES[info.kind] // 256
+    return n_bytes + prod(info.shape[:-1]) * ROW_BYTES.get(info.kind, 0)
