@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from septet.engine.buckets import MAX_CHUNKS, MIN_SHARING, stand_in
+from septet.engine.buckets import MAX_CHUNKS, MIN_SHARING, Shape, stand_in
 from septet.engine.common import Sharing
 from septet.engine.masked import MaskBuffers
-from septet.engine.static import DecodeStep, Machine, static_step
+from septet.engine.static import DecodeStep, Machine, input_length, static_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from septet.engine.buckets import Shape, Shapes
+    from septet.engine.buckets import Shapes
     from septet.engine.constraints import TokenMasks
     from septet.engine.rows import RowInfo
     from septet.engine.runner import Runner
@@ -150,8 +150,9 @@ class StepGraphs:
         self.sharing = runner.sharing = Sharing()
         self._todo = shapes.usual()
         self._not_before = 0.0  # monotonic
-        n_inputs, device = 5 * shapes.max_rows + 3 + 3 * shapes.max_tokens, runner.staging.device  # longest `pack`
-        inputs = torch.zeros(n_inputs, dtype=torch.int64, device=device)
+        longest = input_length(Shape(False, shapes.max_tokens, shapes.max_rows, shapes.max_len))
+        device = runner.staging.device
+        inputs = torch.zeros(longest, dtype=torch.int64, device=device)
         tokens = torch.zeros(shapes.max_rows, dtype=torch.int64, device=device)
         masks = MaskBuffers(shapes.max_rows, device)
         self.machine = Machine(model, runner.ops, runner.kv, runner.rows, inputs, tokens, masks)

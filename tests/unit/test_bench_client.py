@@ -175,8 +175,10 @@ def test_no_engine_is_left_behind(tmp_path: Path, signals: tuple[int, ...], stub
         f"b.bench(['--workload', {str(tmp_path / 'long.toml')!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
 
-    def background() -> None:  # as a shell's `&` in a script: SIGTERM must work all the same
-        if signal.SIGTERM in signals:
+    def background() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):  # ignored, and so by the child, where tests run under nohup
+            signal.signal(number, signal.SIG_DFL)
+        if signal.SIGTERM in signals:  # as a shell's `&` in a script: SIGTERM must work all the same
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     bench = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, preexec_fn=background, text=True,
