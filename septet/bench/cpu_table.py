@@ -158,11 +158,13 @@ def measure(entries: dict[str, Entry], args: argparse.Namespace, peers: Peers) -
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or Path(made)
         for label in args.files:
-            path = model_file(label, peers, folder)
             sides = [s for s in args.sides if peers.has(s) and (s != "vllm_cpu" or label == VLLM_MODEL)]
+            if not sides:
+                continue
+            path = model_file(label, peers, folder)
             entry = entries.setdefault(label, Entry(bytes_per_token(path, read_model_config(path))[0]))
             for turn in range(args.rounds):
-                first = len(entry.probe_gb_s) // max(len(sides), 1) % 2 == 0
+                first = len(entry.probe_gb_s) // len(sides) % 2 == 0
                 for side in sides if first else sides[::-1]:
                     one_side(entry, side, path, peers, folder)
                     yield f"{label}: round {turn + 1}, {side}"

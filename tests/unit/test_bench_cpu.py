@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from septet.bench.cpu_table import Entry, read, table
+from septet.bench.cpu_table import Entry, read, run_json, table
 from septet.bench.http_load import Side, ask_server, line, row_of, through_server
 from septet.bench.perplexity import cut, perplexity
 
@@ -80,3 +80,10 @@ def test_windows_begin_with_bos_and_lose_nothing() -> None:
     assert windows == [[0, 97, 98, 99], [0, 100, 101, 102], [0, 103, 104]]
     assert cut(Letters(), "abcd", 4) == [[0, 97, 98, 99]]  # one letter alone predicts little
     assert perplexity([[-1.0, -2.0], [-3.0]]) == pytest.approx(7.389056)
+
+
+def test_a_peer_may_speak_after_its_figures() -> None:
+    told = "print('up'); print('{\"b8\": 1.5}'); print('bye')"
+    assert run_json([sys.executable, "-c", told]) == {"b8": 1.5}
+    with pytest.raises(RuntimeError, match="printed no figures: bye"):
+        run_json([sys.executable, "-c", "print('bye')"])

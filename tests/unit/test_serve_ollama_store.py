@@ -19,7 +19,7 @@ from septet.serve.pool import ModelPool, Need
 from septet.session.preset import preset
 from tests.fakes import FakeClient, session
 from tests.unit.test_hub_model_config import make_gguf
-from tests.unit.test_serve_ollama import lines_of
+from tests.unit.test_serve_ollama import CHAT, GENERATE, lines_of
 from tests.unit.test_serve_openai import ask
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from septet.hub.store import LocalModel
     from septet.session.session import Session
-
-GENERATE, CHAT = "/api/generate", "/api/chat"
 
 
 class FakeLoader:
